@@ -291,7 +291,8 @@ def test_what_an_engines_actor_raised_is_told_and_a_lost_one_runs_no_more(played
 
 
 def test_a_cluster_is_reached_at_its_address_or_that_is_said(played, monkeypatch):
-    ray = played(CPU=1)
+    ray, reached, connect = played(CPU=1), [], socket.create_connection
+    monkeypatch.setattr(socket, "create_connection", lambda *place, timeout: reached.append(timeout) or connect(*place))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         for given in (address, "auto", "local"):
@@ -299,6 +300,7 @@ def test_a_cluster_is_reached_at_its_address_or_that_is_said(played, monkeypatch
             name, where, words = ray.notes[-1]
             assert (name, where, words.pop("namespace")[:7]) == ("init", given, "qwench-")
             assert words == {"logging_level": logging.WARNING}
+    assert reached == [10.0], "Ray finds the others by itself"
     advice = r"; start one \(ray start --head\), and set RAY_ADDRESS to its host:port, or to auto on one of its nodes"
     for given in (address, "nowhere"):
         with pytest.raises(ConfigError, match=f"there is no Ray cluster at RAY_ADDRESS={given} .*{advice}"):

@@ -17,6 +17,12 @@ def test_a_strict_box_stands_in_the_last_hundred_characters():
     assert compute_score(near + "x", "34", strict_box_verify=True) == {"score": -1.0, "acc": False, "pred": None}
 
 
+def test_otherwise_the_answer_line_is_graded():
+    right = {"score": 1.0, "acc": True, "pred": "34"}
+    assert compute_score("so\nAnswer: 34", 34) == right
+    assert compute_score("34\nAnswer: 35", "34") == {"score": -1.0, "acc": False, "pred": "35"}
+
+
 @pytest.mark.parametrize("label", [34, 34.0, "34"])
 def test_labels_may_be_numbers(label):
     assert grade_answer("\\boxed{34}", label)

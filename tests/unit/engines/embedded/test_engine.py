@@ -123,6 +123,23 @@ def test_engine_without_weights_refuses_requests():
     asyncio.run(scenario())
 
 
+def test_weights_that_are_adopted_have_their_version_and_none_of_the_prefixes_of_those_before():
+    model, request = make_model("qwen3"), ask("r", prompt_of(60), max_new_tokens=1)
+
+    async def scenario():
+        engine = make_engine(model, inline=True)
+        results = [await engine.generate(request), await engine.generate(request)]
+        receipt = await engine.adopt_weights(dict(model.named_parameters()), version=9)
+        assert (receipt.version, await engine.weight_version()) == (9, 9)
+        results.append(await engine.generate(request))
+        await engine.set_version(11)
+        results.append(await engine.generate(request))
+        await engine.close()
+        return [(list(one.weight_versions), one.cached_tokens > 0) for one in results]
+
+    assert asyncio.run(scenario()) == [([0], False), ([0], True), ([9], False), ([11], True)]
+
+
 def test_request_id_in_use_is_refused():
     async def scenario():
         engine = make_engine(make_model("qwen3"))
