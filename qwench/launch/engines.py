@@ -32,13 +32,13 @@ from qwench.engines.kinds.identity import ModelIdentity, check_serves
 from qwench.engines.kinds.kind import ServerOrder
 from qwench.engines.kinds.sglang_router import SglangRouter, router_command
 from qwench.engines.protocol import AddressedEngine, Engine
-from qwench.errors import ConfigError, EngineError
+from qwench.errors import CheckpointError, ConfigError, EngineError
 from qwench.foreign.args import make_args
 from qwench.foreign.hooks import AfterWrite
 from qwench.launch.inputs import Inputs, plan_inputs, publication_dtype, read_inputs
 from qwench.models.hf import stop_token_ids
 from qwench.models.hf_weights import is_fp8_checkpoint
-from qwench.models.peft import AdapterConfig
+from qwench.models.peft import AdapterConfig, AdapterFolder
 from qwench.observability.log import open_process_log
 from qwench.observability.run_report import say_facts
 from qwench.observability.timing import PhaseTimer
@@ -317,11 +317,7 @@ def serve(config: ServeConfig) -> None:
     )
     inputs = read_inputs(run, plan_inputs(run, trains=False))
     check_weights(run.checkpoint, inputs.plan.model, inputs.model_folder)
-    adapters = {name: find_checkpoint(folder, flag="--lora") for name, folder in config.server.adapters.items()}
-    if adapters and not is_fp8_checkpoint(inputs.model_folder):  # what was rounded cannot be told from another base
-        base = open_weights(inputs.model_folder, inputs.plan.model)
-        for folder in adapters.values():
-            check_base(folder, inputs.model_folder, base)
+    adapters = {name: _find_adapter(name, folder, inputs) for name, folder in config.server.adapters.items()}
     open_process_log("info", f"engine at port {config.server.port}")
     serve_engine(
         config.model.hf_checkpoint,
@@ -331,3 +327,19 @@ def serve(config: ServeConfig) -> None:
         token=os.environ.get(TOKEN_VARIABLE),
         adapters=adapters,
     )
+
+
+def _find_adapter(name: str, folder: Path, inputs: Inputs) -> Path:
+    """Return the PEFT folder of one --lora.
+
+    Raises:
+        ConfigError: it holds no whole adapter, or one of another model or base.
+    """
+    found = find_checkpoint(folder, flag="--lora")
+    try:
+        AdapterFolder(found).check_fits(inputs.plan.model)
+        if not is_fp8_checkpoint(inputs.model_folder):  # what was rounded cannot be told from another base
+            check_base(found, inputs.model_folder, open_weights(inputs.model_folder, inputs.plan.model))
+    except (ConfigError, CheckpointError) as error:
+        raise ConfigError(f"--lora {name}={folder}: {error}") from error
+    return found

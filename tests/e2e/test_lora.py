@@ -96,6 +96,8 @@ def test_an_adapter_goes_with_the_base_of_its_run_alone(
     assert in_process(["convert", "--input", str(workspace.model), "--to", "fp8", "--output", str(rounded)])[0] == 0
     assert in_process(["serve", "--hf-checkpoint", str(rounded), "--lora", f"a={adapter}"])[0] == 0
     assert served == [{"a": adapter / "iter_0000001"}]
+    code, said = in_process(["serve", "--hf-checkpoint", str(rounded), "--lora", f"a={workspace.model}"])
+    assert code == 2 and f"--lora a={workspace.model}: there is no adapter_config.json" in said and len(served) == 1, said
 
 
 def test_fine_tuning_goes_on_from_a_peft_folder_in_load(workspace: Workspace, tmp_path: Path, in_process: InProcess) -> None:
