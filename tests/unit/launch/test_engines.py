@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from qwench.config.sections.rollout import AsyncConfig, RolloutConfig
 from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.engines.embedded.settings import EmbeddedSettings
+from qwench.engines.fleet.members import Member
 from qwench.engines.kinds.kind import ServerOrder
+from qwench.errors import EngineError
 from qwench.launch import engines
-from qwench.launch.engines import embedded_settings, make_publisher, server_order
+from qwench.launch.engines import build_pool, embedded_settings, make_publisher, server_order
 from qwench.models.architecture import YarnScaling
 from qwench.models.peft import AdapterConfig
 from qwench.observability.timing import PhaseTimer
@@ -147,3 +150,76 @@ def test_publications_are_planned_by_the_flags() -> None:
     assert [publisher._model, publisher._pool, publisher._gpus, publisher._timer] == ["model", None, *parts.values()]
     apart = replace(inputs, config=replace(config, lora=ADAPTERS), plan=replace(inputs.plan, holds_teacher=True))
     assert make_publisher(apart, "model", None, **parts)._plan == replace(expected, adapters=True, frozen_moves=True)
+
+
+class Pool:
+    """The arguments of an engine pool."""
+
+    def __init__(self, members: list[Member], loop: object, **options: object) -> None:
+        self.members, self.loop, self.options = members, loop, options
+
+
+class ServerAt:
+    """A server that starts at once, unless it is broken."""
+
+    placement = "node"
+
+    def __init__(self, label: str, stopped: list[str], *, broken: bool = False) -> None:
+        self.label, self._stopped, self._broken = label, stopped, broken
+
+    def start(self) -> str:
+        if self._broken:
+            raise EngineError(f"{self.label} did not start")
+        return f"http://{self.label}"
+
+    def stop(self) -> None:
+        self._stopped.append(self.label)
+
+    def last_output(self) -> str:
+        return "loading"
+
+
+@pytest.fixture
+def pools(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace what opens connections; return what was closed or made on the way."""
+    said: list[str] = []
+    monkeypatch.setattr(engines, "EnginePool", Pool)
+    monkeypatch.setattr(engines, "EventLoopThread", lambda: SimpleNamespace(close=lambda: said.append("loop")))
+    monkeypatch.setattr(engines, "HttpEngine", lambda url, **options: (url, options))
+    monkeypatch.setattr(engines, "_embedded_engine", lambda inputs, *, with_weights: ("embedded", with_weights))
+    monkeypatch.setattr(engines, "_start_router", lambda inputs, undo: "router")
+    return said
+
+
+def test_a_pool_of_servers_has_their_addresses_flags_and_evaluators(pools: list[str]) -> None:
+    engine = EngineConfig(
+        rollout_engine="embedded", use_fault_tolerance=True, use_sglang_router=True, rollout_health_check_timeout=4.0
+    )
+    config = config_of(engine=engine, timeouts=TimeoutConfig(generate_timeout=5.0), cluster=ClusterConfig(rollout_num_gpus=3))
+    inputs = inputs_of(config)
+    inputs = replace(inputs, plan=replace(inputs.plan, devices=replace(inputs.plan.devices, num_eval_engines=1)))
+    servers = [ServerAt(label, pools) for label in "abc"]
+    pool = build_pool(inputs, with_weights=False, servers=servers, token="secret")
+    options = {"token": "secret", "kind": "embedded", "generate_timeout_s": 5.0, "placement": "node", "health_timeout_s": 4.0}
+    assert [(member.engine, member.server, member.url, member.evaluates) for member in pool.members] == [
+        ((f"http://{server.label}", {**options, "label": server.label}), server, f"http://{server.label}", server.label == "c")
+        for server in servers
+    ]
+    router = "router" if engine.routes_requests else None
+    assert pool.options == {"router": router, "health": engine, "can_republish": True}
+    assert pools == []
+
+
+def test_a_server_that_does_not_start_ends_the_others_and_the_loop(pools: list[str]) -> None:
+    servers = [ServerAt("a", pools), ServerAt("b", pools, broken=True)]
+    with pytest.raises(EngineError, match="b did not start"):
+        build_pool(inputs_of(config_of()), with_weights=False, servers=servers, token=None)
+    assert {*pools} == {"a", "b", "loop"} and pools[-1] == "loop"
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_an_engine_of_this_process_is_neither_watched_nor_routed_to(with_weights: bool, pools: list[str]) -> None:
+    inputs = inputs_of(config_of(engine=EngineConfig(use_fault_tolerance=True, use_sglang_router=True)))
+    pool = build_pool(inputs, with_weights=with_weights, servers=None, token=None)
+    assert [(member.engine, member.server, member.url) for member in pool.members] == [(("embedded", with_weights), None, "")]
+    assert pool.options == {"router": None, "health": None, "can_republish": not with_weights}

@@ -3,10 +3,12 @@ import math
 import pytest
 import torch
 
+from qwench.algorithms.columns import RolloutBatch
 from qwench.errors import RewardError, TrainingError
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Group, Prompt, Rollout, Sample, Status
 from qwench.training.hooks import Hooks
+from qwench.training.learner import _check_equal_bits
 from tests.fakes.trainer import TableTrainer
 from tests.unit.training.table_learning import TABLE, TEMPERATURE, learn, make_learner, make_rollout
 
@@ -350,3 +352,28 @@ def test_trained_tokens_of_older_weights_alone_leave_no_gap_to_measure():
         sample.weight_versions = [2 if trained else -1 for trained in sample.loss_mask]
     _, learned = learn(rollout, global_batch_size=8)
     assert not [name for name in learned.steps[0] if name.startswith("train/train_rollout_")]
+
+
+def test_samples_are_scored_under_the_held_weights_at_the_asked_temperature():
+    samples = make_rollout().samples
+    scored = make_learner().log_probs(samples, temperature=0.5)
+    for sample, own in zip(samples, scored, strict=True):
+        begin = len(sample.tokens) - sample.response_length
+        rows = (TABLE / 0.5).log_softmax(-1)[sample.tokens[begin - 1 : -1]]
+        expected, trained = rows[range(sample.response_length), sample.tokens[begin:]], torch.tensor(sample.loss_mask).bool()
+        torch.testing.assert_close(torch.tensor(own)[trained], expected[trained])
+
+
+def test_equal_bits_are_required_where_a_token_is_trained_on():
+    batch = RolloutBatch.from_samples(make_rollout(group_size=1).samples)
+    same = [column.clone() for column in batch.rollout_log_probs]
+    _check_equal_bits(batch.with_columns(old_log_probs=same), 4)
+    outside = [torch.where(mask, column, column + 1) for column, mask in zip(same, batch.loss_mask, strict=True)]
+    _check_equal_bits(batch.with_columns(old_log_probs=outside), 4)
+    same[0][-1] -= 0.25
+    total = sum(int(mask.sum()) for mask in batch.loss_mask)
+    with pytest.raises(TrainingError, match=rf"in rollout 4 1 of {total} log-probs of the engine .*\(largest gap 0.25\)"):
+        _check_equal_bits(batch.with_columns(old_log_probs=same), 4)
+    for column in ("rollout_log_probs", "old_log_probs"):
+        with pytest.raises(TrainingError, match="rollout 4 brings no log-probs of the engine to compare with"):
+            _check_equal_bits(batch.with_columns(**{"old_log_probs": same, column: None}), 4)
