@@ -1,5 +1,6 @@
 """What the flags of a run say to its models and its learner: the backend's own arguments, learning rates, checkpoints."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -232,3 +233,32 @@ def test_methods_are_built_with_the_flags_of_other_sections(monkeypatch: pytest.
 
 def test_a_collective_waits_for_the_minutes_of_its_flag() -> None:
     assert trainer.collective_timeout_s(of(timeouts=TimeoutConfig(distributed_timeout_minutes=3))) == 180
+
+
+def test_megatron_is_built_with_its_layout_where_the_flags_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "qwench.training.megatron.megatron_trainer"
+    backend = SimpleNamespace(MegatronTrainer=SimpleNamespace(build=lambda folder, **options: Built(folder, options)))
+    monkeypatch.setitem(sys.modules, name, backend)
+    monkeypatch.setattr(trainer, "check_platform", lambda: None)
+    inputs = of(
+        training=TrainingConfig(train_backend="megatron"), timeouts=TimeoutConfig(distributed_timeout_minutes=3),
+        lora=LoraConfig(lora_rank=2),
+    )  # fmt: skip
+    built = trainer.build_trainer(inputs, logits=True)
+    expected = {
+        "training": inputs.config.training,
+        "optimizer": OPTIMIZER,
+        "total_steps": inputs.plan.num_steps,
+        "layout": inputs.plan.layout,
+        "param_dtype": torch.float32,
+        "device": torch.device("cpu"),
+        "architecture": inputs.plan.model,
+        "collective_timeout_s": 180,
+        "critic": False,
+        "logits": True,
+        "lora": inputs.config.lora,
+    }
+    assert (built.folder, built.options) == (inputs.model_folder, expected)
+    without = replace(inputs, config=replace(inputs.config, lora=LoraConfig()))
+    other = trainer._build(without, Path("start"), OPTIMIZER, critic=True)
+    assert (other.folder, other.options) == (Path("start"), expected | {"critic": True, "logits": False, "lora": None})

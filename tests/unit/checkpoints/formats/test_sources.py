@@ -6,9 +6,12 @@ import json
 import os
 import pickle
 import random
+import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from transformers import PretrainedConfig, Qwen3Config
 
 from qwench.checkpoints.formats.dcp_reader import DcpFolder
 from qwench.checkpoints.formats.dcp_writer import DcpWriter, write_metadata
-from qwench.checkpoints.formats.sources import find_checkpoint, open_optimizer_state, open_weights
+from qwench.checkpoints.formats.sources import find_checkpoint, fingerprint, open_optimizer_state, open_weights
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.hf import architecture_of
 from qwench.models.megatron_names import rules, to_megatron
@@ -304,3 +307,14 @@ def test_metadata_that_contradicts_its_files_is_refused(
     path.write_bytes(pickle.dumps(found))
     with pytest.raises(CheckpointError, match=message):
         DcpFolder(tmp_path).read("norm")
+
+
+def test_a_fingerprint_is_the_checksum_of_the_first_and_the_last_projection_of_keys() -> None:
+    names = ["layers.0.k_proj.weight", "layers.0.mlp.weight", "layers.1.k_proj.weight", "layers.2.k_proj.weight", "norm"]
+    weights = {name: torch.tensor([float(i), 0.5]).bfloat16() for i, name in enumerate(names)}
+
+    def of(names: list[str]) -> str:
+        return fingerprint(SimpleNamespace(specs=dict.fromkeys(names), read=weights.__getitem__))
+
+    assert of(names) == f"{zlib.crc32(struct.pack('<4f', 0.0, 0.5, 3.0, 0.5)):08x}"
+    assert of(names[:1]) == f"{zlib.crc32(struct.pack('<2f', 0.0, 0.5)):08x}"
