@@ -7,11 +7,14 @@ Tensors keep their identity, so FSDP2 and the optimizer go on with the same obje
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from qwench.training.memory_budget import free_bytes
 
 
 class HostCopy:
@@ -36,22 +39,35 @@ class HostCopy:
         self._synchronize()
 
     @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """Hold the copies in the tensors inside the context; what was there waits on the host, and is there again after it.
+    def swapped_in(self, *, for_writing: bool = False) -> Iterator[None]:
+        """Hold the copies in the tensors inside the context; what was there is there again after it.
 
-        What the context writes into the tensors is in the copies afterwards if they have the tensors' dtype.
+        It waits on the device where that has room, so that only the copies cross the bus, and once; on the host elsewhere.
+
+        Args:
+            for_writing: what the context writes into the tensors is in the copies afterwards; these have the tensors' dtype.
         """
-        if any(copy.dtype != tensor.dtype for tensor, copy in zip(self._tensors, self._copies, strict=True)):
-            held = HostCopy(self._tensors)
+        alike = all(copy.dtype == tensor.dtype for tensor, copy in zip(self._tensors, self._copies, strict=True))
+        assert alike or not for_writing, "what is written would be rounded"
+        if not for_writing and self._fits_twice():
+            held = [tensor.clone() for tensor in self._tensors]
             self.load()
-            give_back = held.load
-        else:
+            give_back: Callable[[], None] = partial(_write, self._tensors, held)
+        elif alike:
             self._exchange()
             give_back = self._exchange
+        else:
+            held_on_host = HostCopy(self._tensors)
+            self.load()
+            give_back = held_on_host.load
         try:
             yield
         finally:
             give_back()
+
+    def _fits_twice(self) -> bool:
+        free = free_bytes(self._tensors[0].device)
+        return free is not None and has_room(sum(tensor.nbytes for tensor in self._tensors), free=free)
 
     @torch.no_grad()
     def _exchange(self) -> None:
@@ -87,6 +103,21 @@ class HostCopy:
         """Wait for copies between pinned memory and the device, which run asynchronously."""
         if any(tensor.is_cuda for tensor in self._tensors):
             torch.cuda.synchronize()
+
+
+def has_room(num_bytes: int, *, free: int) -> bool:
+    """Tell whether a GPU with `free` bytes may hold as many more while a model scores.
+
+    A backward needs more: the sums of gradients take twice as much as bfloat16 weights. Larger micro-batches have two thirds of
+    the free memory.
+    """
+    return 3 * num_bytes <= free
+
+
+@torch.no_grad()
+def _write(tensors: Sequence[Tensor], contents: Sequence[Tensor]) -> None:
+    for tensor, content in zip(tensors, contents, strict=True):
+        tensor.copy_(content)
 
 
 def to_host(tensor: Tensor, dtype: torch.dtype, *, for_device: torch.device | None = None) -> Tensor:

@@ -16,8 +16,8 @@ from qwench.training.trainer import Scorer, Scores, Trainer
 class Reference:
     """A view of the policy's trainer with frozen weights; scores as a `Trainer` does. All methods are collective.
 
-    The copy waits on the host. The model holds it during `forward` and `save` alone; in that time the policy's weights wait on
-    the host, and nothing else may compute with them. So no second model takes device memory.
+    The copy waits on the host. The model holds it during `forward` and `save` alone, and nothing else may compute with the
+    policy's weights in that time (see `HostCopy.swapped_in`). So no second model takes memory while the policy trains.
     """
 
     def __init__(self, policy: Trainer) -> None:

@@ -220,7 +220,7 @@ class FsdpTrainer(BackendTrainer):
         self._assert_awake()
         assert self._adapters is not None, "weights are frozen beside adapters"
         source, copy = open_weights(folder, self._architecture), HostCopy([*map(local_shard, self._frozen.values())])
-        with copy.swapped_in():
+        with copy.swapped_in(for_writing=True):
             fill_shards(self._frozen, source)
         return OtherModel(copy, self._adapters.on_host(source, self._param_dtype, self.device))
 

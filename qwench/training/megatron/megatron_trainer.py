@@ -223,7 +223,7 @@ class MegatronTrainer(BackendTrainer):
         self._assert_awake()
         assert self._adapters is not None, "weights are frozen beside adapters"
         source, copy = open_weights(folder, self._config), HostCopy([weight for _, weight in self._loaded])
-        with copy.swapped_in():
+        with copy.swapped_in(for_writing=True):
             load_weights(self._model, source, self._config, self._layout)
         matrices: dict[FrozenMatrix, Tensor] = {}
         for rule, layer in self._adapters.quantised:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qwench.training.offload import HostCopy
+from qwench.training import offload
+from qwench.training.offload import HostCopy, has_room
 
 
 def test_load_brings_back_what_was_there():
@@ -49,3 +50,38 @@ def test_memory_that_several_tensors_share_is_taken_once(monkeypatch: pytest.Mon
     copy.restore()
     assert taken == [0, 0, 24, 12]
     assert flat[:5].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(("num_bytes", "free", "fits"), [(8, 24, True), (8, 23, False), (0, 0, True)])
+def test_a_third_of_the_free_memory_may_hold_weights_while_a_model_scores(num_bytes: int, free: int, fits: bool):
+    assert has_room(num_bytes, free=free) is fits
+
+
+@pytest.mark.parametrize("free", [None, 3 * 20 - 1, 3 * 20], ids=["host", "no room", "room"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swapped_in_copies_give_way_to_what_was_there(monkeypatch: pytest.MonkeyPatch, free: int | None, dtype: torch.dtype):
+    monkeypatch.setattr(offload, "free_bytes", lambda device: free)
+    tensors, exchanges = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0, 4.0, 5.0]])], list[int]()
+    exchange, copy = HostCopy._exchange, HostCopy(tensors, dtype=dtype)
+    monkeypatch.setattr(HostCopy, "_exchange", lambda self: (exchanges.append(1), exchange(self)))
+    for tensor in tensors:
+        tensor += 10
+    for _ in range(2):
+        with pytest.raises(KeyError), copy.swapped_in():
+            assert [tensor.tolist() for tensor in tensors] == [[1, 2], [[3, 4, 5]]]
+            raise KeyError
+        assert [tensor.tolist() for tensor in tensors] == [[11, 12], [[13, 14, 15]]]
+    # Without room, tensors and copies change places, unless the copies would round what they get.
+    assert len(exchanges) == (4 if free != 60 and dtype == torch.float32 else 0)
+
+
+@pytest.mark.parametrize("free", [None, 1000])
+def test_what_is_written_while_copies_are_swapped_in_is_in_them(monkeypatch: pytest.MonkeyPatch, free: int | None):
+    monkeypatch.setattr(offload, "free_bytes", lambda device: free)
+    tensor = torch.tensor([1.0, 2.0])
+    copy = HostCopy([tensor])
+    with copy.swapped_in(for_writing=True):
+        tensor.fill_(7.0)
+    assert tensor.tolist() == [1.0, 2.0]
+    with copy.swapped_in():
+        assert tensor.tolist() == [7.0, 7.0]
