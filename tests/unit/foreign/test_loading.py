@@ -78,6 +78,15 @@ def test_stand_ins_go_when_nothing_took_one(tmp_path):
         __import__("slime.utils.types")
 
 
+def test_stand_ins_that_were_taken_stay_until_they_are_withdrawn(tmp_path):
+    load(write(tmp_path, "from slime.utils.types import Sample\ndef fn(args, sample): ..."), flag=FLAG)
+    assert __import__("miles.utils.types").__name__ == "miles"
+    withdraw()
+    for name in ("slime", "miles.utils.types"):
+        with pytest.raises(ModuleNotFoundError, match=f"No module named '{name.partition('.')[0]}'"):
+            __import__(name)
+
+
 def test_an_installed_package_wins(tmp_path, monkeypatch):
     real = types.ModuleType("slime")
     monkeypatch.setitem(sys.modules, "slime", real)

@@ -6,12 +6,20 @@ from argparse import Namespace
 import pytest
 from aiohttp import web
 
+from qwench.errors import QwenchError
 from qwench.foreign.modules import (
     MODULES,
+    MetricGatherer,
+    all_gather_with_cp,
+    call_dynamic_filter,
     check_no_aborted,
     check_reward_nonzero_std,
     check_reward_nonzero_std_with_fallback,
+    encode_image_for_rollout_engine,
+    get_model_url,
+    load_processor,
     load_tokenizer,
+    slice_log_prob_with_cp,
 )
 from qwench.foreign.sample import DynamicFilterOutput, Sample, SampleStatus
 from qwench.foreign.session import wait_http_ok
@@ -35,6 +43,36 @@ def test_filters_of_the_references_keep_what_theirs_keep():
     aborted = [*rewarded(1), [Sample(status=SampleStatus.ABORTED)]]
     assert check_no_aborted(ARGS, aborted) == DynamicFilterOutput(keep=False, reason="group_has_aborted")
     assert check_no_aborted(ARGS, rewarded(1, 0)) == DynamicFilterOutput(keep=True)
+
+
+def test_a_dynamic_filter_is_called_with_all_it_is_given_and_none_keeps_everything():
+    kept = DynamicFilterOutput(keep=True)
+    assert call_dynamic_filter(None, ARGS, []) == kept
+    calls = []
+
+    def keep(args, samples, **more):
+        calls.append((args, samples, more))
+        return [kept, 0][len(calls) - 1]
+
+    answers = [call_dynamic_filter(keep, ARGS, ["a"], step=3) for _ in range(2)]
+    assert answers == [kept, DynamicFilterOutput(keep=False)] and calls == [(ARGS, ["a"], {"step": 3})] * 2
+
+
+def test_dropped_groups_are_counted_by_their_reason():
+    gatherer = MetricGatherer()
+    for reason in ("same", "short", None, "same", ""):
+        gatherer.on_dynamic_filter_drop(reason)
+    assert gatherer.collect() == {"rollout/dynamic_filter/drop_same": 2, "rollout/dynamic_filter/drop_short": 1}
+
+
+def test_functions_get_whole_responses_text_and_one_address():
+    assert all_gather_with_cp("values", 9, 3) == slice_log_prob_with_cp("values", 9, 3) == "values"
+    address = Namespace(sglang_router_ip="10.0.0.1", sglang_router_port=30)
+    assert get_model_url(address, "any") == "http://10.0.0.1:30/generate"
+    assert get_model_url(address, "any", "/v1/models") == "http://10.0.0.1:30/v1/models"
+    assert load_processor("any") is None
+    with pytest.raises(QwenchError, match="models read text, and encode_image_for_rollout_engine got bytes"):
+        encode_image_for_rollout_engine(b"")
 
 
 def test_a_tokenizer_gets_the_chat_template_of_a_file(tmp_path):
