@@ -6,7 +6,6 @@ Names, types and defaults are those of the references' `utils.types`, `rollout.b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -258,10 +257,3 @@ def leaves(answer: Foreign) -> Iterator[Sample]:
             yield from leaves(one)
     else:
         yield answer
-
-
-def clone(sample: Sample) -> Sample:
-    """Return a copy whose lists and records are its own."""
-    made = copy(sample)
-    made.__dict__.update({name: copy(value) for name, value in sample.__dict__.items() if isinstance(value, list | dict)})
-    return made

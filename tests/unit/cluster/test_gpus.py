@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from qwench.cluster.gpus import ColocatedGpus
+from qwench.errors import EngineError
 from qwench.observability.timing import PhaseTimer
 
 
@@ -60,6 +61,26 @@ def test_engines_that_made_room_for_the_learner_to_be_built_are_not_put_to_sleep
     events.clear()
     hold(gpus, events)
     assert events[0] == "engines sleep"
+
+
+def test_the_learner_keeps_the_devices_though_the_engines_have_ended(events: list[str], caplog) -> None:
+    colocated(events).keep_for(Recorded("learner", events))
+    assert events == ["engines sleep", "learner wake"] and not caplog.records
+    events.clear()
+
+    class Gone(Recorded):
+        def sleep(self, *tags: object) -> None:
+            raise EngineError("no answer")
+
+    gpus = ColocatedGpus(
+        Gone("engines", events),
+        PhaseTimer(),
+        weights_may_alias=True,
+        offload_rollout=True,
+        offload_train=True,  # type: ignore[arg-type]
+    )
+    gpus.keep_for(Recorded("learner", events))
+    assert events == ["learner wake"] and "the engines keep their memory: no answer" in caplog.text
 
 
 def test_what_is_not_offloaded_stays(events: list[str]) -> None:

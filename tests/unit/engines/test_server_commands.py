@@ -64,6 +64,12 @@ def test_an_idle_connection_of_an_sglang_server_outlives_a_client_that_is_slow_t
     assert chosen["SGLANG_TIMEOUT_KEEP_ALIVE"] == "900"
 
 
+def test_a_server_that_takes_adapters_has_room_for_the_one_before():
+    argv = command(order(adapter=AdapterConfig(rank=8, alpha=16.0, use_rslora=False, targets=("q_proj", "o_proj")))).argv
+    words = "--enable-lora --max-lora-rank 8 --max-loras-per-batch 2 --max-loaded-loras 2 --lora-target-modules q_proj o_proj"
+    assert words in " ".join(argv) and "--enable-lora" not in command(order()).argv
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

@@ -168,6 +168,18 @@ def test_the_references_own_source_goes_on_where_it_was_saved(args, num_groups: 
     assert [group[0].prompt for group in again.get_samples(3)] == [group[0].prompt for group in expected[1:]]
 
 
+def test_groups_that_are_given_back_are_counted_and_what_is_noted_is_found(args):
+    source = RolloutDataSourceWithBuffer(args)
+    first = source.get_samples(2)
+    source.add_samples(first)
+    source.update_metadata({"a": 1})
+    source.update_metadata({"b": 2})
+    assert (source.get_buffer_length(), source.get_metadata()) == (2, {"a": 1, "b": 2})
+    assert source.get_samples(1) == first[:1] and source.get_buffer_length() == 1
+    with pytest.raises(RuntimeError, match="RolloutDataSource takes no samples; extend RolloutDataSourceWithBuffer"):
+        RolloutDataSource(args).add_samples(first)
+
+
 def test_a_run_without_the_state_of_its_source_does_not_begin_the_data_anew(args, tmp_path):
     source = RolloutDataSource(args)
     source.get_samples(3)

@@ -12,6 +12,7 @@ from qwench.errors import ConfigError, QwenchError
 from qwench.foreign.functions import Adapters
 from qwench.foreign.sample import RolloutFnEvalOutput, RolloutFnTrainOutput
 from qwench.foreign.session import Session, close_session, current_session, open_session, run, sampling_params
+from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.rollout.evaluate import EvalResult
 from qwench.rollout.filters import FilterResult
 from qwench.rollout.generate import GenerateContext
@@ -123,6 +124,32 @@ def test_a_function_finds_what_it_told_its_data_source_in_an_earlier_rollout(ses
 
     asyncio.run(twice())
     assert seen == [(4, False, {}), (5, False, {"last": 4})]
+
+
+def test_a_data_source_hands_out_takes_back_and_counts_groups(session):
+    given = groups_of("ab", "c")
+    kept: list[Group] = []
+    tokenizer = build_small_tokenizer()
+    buffer = SimpleNamespace(waiting=kept)
+    context = SimpleNamespace(
+        next_groups=lambda number: given[:number], put_back=kept.extend, buffer=buffer, tokenizer=tokenizer
+    )
+
+    def roll(args, rollout_id, data_source, evaluation=False):
+        groups = data_source.get_samples(2)
+        assert texts_of(groups) == [["a", "b"], ["c"]] and data_source.get_buffer_length() == 0
+        data_source.add_samples(groups[1:])
+        assert data_source.get_buffer_length() == 1
+        return groups[:1]
+
+    async def made():
+        current_session().loop = asyncio.get_running_loop()
+        return await Adapters(as_text=True).make_rollout(roll, "mine.roll")(3, context)
+
+    current_session().tokenizer = tokenizer
+    rollout = asyncio.run(made())
+    assert (rollout.rollout_id, [one.response for one in rollout.samples]) == (3, ["a", "b"])
+    assert [[one.response for one in group.samples] for group in kept] == [["c"]]
 
 
 def test_of_a_rollouts_metrics_the_numbers_are_kept(session):

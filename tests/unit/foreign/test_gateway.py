@@ -11,8 +11,8 @@ from qwench.engines.protocol import SamplingParams
 from qwench.errors import ConfigError, EngineError
 from qwench.foreign import session
 from qwench.foreign.gateway import CURRENT_CALL, Call, Gateway
-from qwench.foreign.modules import generate
-from qwench.foreign.sample import Sample
+from qwench.foreign.modules import generate, generate_and_rm, generate_in_one
+from qwench.foreign.sample import GenerateFnInput, Sample
 from qwench.foreign.session import GenerateState, Session, close_session, current_session, open_session, post
 from qwench.rollout.generate import Requests
 from qwench.rollout.sampling import Sampling
@@ -179,6 +179,26 @@ def test_a_record_of_a_grader_is_the_reward_where_it_has_score_and_accuracy(extr
         assert await session.grade_all(Namespace(rm_type="dapo"), samples) == [reward] * 2
         assert await session.grade(Namespace(), samples[0]) == reward
         assert asked == [("b", "dapo"), ("b", "own"), ("b", None)]
+
+    with_gateway(check)
+
+
+@pytest.mark.parametrize(("reward", "status"), [(None, "completed"), (0.5, "completed"), (None, "aborted")])
+def test_a_response_is_graded_unless_it_has_a_reward_or_was_aborted(reward, status):
+    async def check(gateway, engine):
+        args, call = current_session().args, Call(requests=Requests(engine))
+        CURRENT_CALL.set(call)
+        call.requests.aborting = status == "aborted"
+        sample = await generate_and_rm(args, Sample(prompt="ab", reward=reward), {"max_new_tokens": 5})
+        assert (sample.status.value, sample.reward) == (status, None if status == "aborted" else reward or 1.0)
+        call.requests.aborting = False
+        state = GenerateState(args)
+        asked = GenerateFnInput(
+            state=state, sample=Sample(prompt="ab"), sampling_params={"max_new_tokens": 5}, evaluation=False
+        )
+        assert (await generate_in_one(asked)).samples.response == "ok"
+        with state.dp_rank_context() as rank:
+            assert rank == 0
 
     with_gateway(check)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwench.foreign.built_in import compute_score, f1_score, grade_after_thinking, grade_answer
+from qwench.foreign.built_in import compute_score, extract_answer, f1_score, grade_after_thinking, grade_answer
 
 
 def test_f1_comes_with_precision_and_recall():
@@ -15,6 +15,10 @@ def test_a_strict_box_stands_in_the_last_hundred_characters():
     near = "\\boxed{34}" + "x" * 90
     assert compute_score(near, "34", strict_box_verify=True) == {"score": 1.0, "acc": True, "pred": "34"}
     assert compute_score(near + "x", "34", strict_box_verify=True) == {"score": -1.0, "acc": False, "pred": None}
+
+
+def test_the_last_box_is_the_answer():
+    assert [extract_answer(text) for text in ("\\boxed{1} or \\boxed{\\frac{1}{2}}", "none")] == ["\\frac{1}{2}", None]
 
 
 def test_otherwise_the_answer_line_is_graded():

@@ -65,6 +65,19 @@ def test_dropped_groups_are_counted_by_their_reason():
     assert gatherer.collect() == {"rollout/dynamic_filter/drop_same": 2, "rollout/dynamic_filter/drop_short": 1}
 
 
+def test_a_class_of_the_singleton_type_is_made_once_with_its_first_arguments():
+    class State(metaclass=MODULES["utils.misc"]["SingletonMeta"]):
+        def __init__(self, *values, **more):
+            self.given = values, more
+
+    class Other(State):
+        pass
+
+    first = State(1, a=2)
+    assert State(3) is first and first.given == ((1,), {"a": 2})
+    assert type(Other(4)) is Other and Other(5).given == ((4,), {})
+
+
 def test_functions_get_whole_responses_text_and_one_address():
     assert all_gather_with_cp("values", 9, 3) == slice_log_prob_with_cp("values", 9, 3) == "values"
     address = Namespace(sglang_router_ip="10.0.0.1", sglang_router_port=30)

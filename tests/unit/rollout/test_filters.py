@@ -47,6 +47,12 @@ def test_a_deviation_at_the_threshold_is_none(monkeypatch):
     assert not check_parts_nonzero_std(of_parts(graded(1.0, 1.0), 1.0, 4.0)).keep
 
 
+def test_a_group_of_equal_rewards_is_kept_by_the_fallback_where_groups_lack():
+    dropped = filters.check_reward_nonzero_std_with_fallback(graded(1.0, 1.0))
+    assert (dropped.keep, dropped.reason, dropped.keep_when_insufficient) == (False, "zero_std_1.0", True)
+    assert filters.check_reward_nonzero_std_with_fallback(graded(0.0, 1.0)).keep
+
+
 def test_single_sample_has_no_deviation():
     assert not check_reward_nonzero_std(graded(1.0)).keep
 

@@ -96,6 +96,20 @@ def test_versions_are_confirmed(pool):
         run(pool, pool.check_versions(0))
 
 
+def test_flushing_reaches_every_engine(pool):
+    request = ask("r", prompt_of(60), max_new_tokens=1)
+
+    async def scenario():
+        cached = []
+        for _ in range(2):
+            for engine in pool.engines:
+                cached.append((await engine.generate(request)).cached_tokens > 0)
+        await pool.flush_cache()
+        return cached + [(await engine.generate(request)).cached_tokens > 0 for engine in pool.engines]
+
+    assert run(pool, scenario()) == [False] * 3 + [True] * 3 + [False] * 3
+
+
 class Process:
     """A server or router that may have ended."""
 
