@@ -121,7 +121,10 @@ def _write(tensors: Sequence[Tensor], contents: Sequence[Tensor]) -> None:
 
 
 def to_host(tensor: Tensor, dtype: torch.dtype, *, for_device: torch.device | None = None) -> Tensor:
-    """Copy to the host, where `for_device`, the tensor's own by default, reads it fast; a caller synchronises."""
+    """Copy to the host, where `for_device`, the tensor's own by default, reads it fast.
+
+    Copies from a GPU run asynchronously: what comes later in its stream sees them, and the host after a synchronisation.
+    """
     on_gpu = (for_device or tensor.device).type == "cuda"
     copy = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=on_gpu)
     # Cast on the device first: the cast is cheap there and halves what crosses the bus.
