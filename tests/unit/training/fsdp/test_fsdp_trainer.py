@@ -14,13 +14,14 @@ from qwench.config.sections.training import TrainingConfig
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.hf import load_hf_config
 from qwench.training.batch import pack
+from qwench.training.fsdp import fsdp_trainer
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.fsdp.optimizer import local_shard
 from qwench.training.process_group import init_process_group
 from qwench.training.reference import Reference
 from tests.contract.train_backend_cases import write_model
 from tests.deadlines import patient
-from tests.fakes.sections import adamw
+from tests.fakes.sections import adamw, offloaded
 from tests.fakes.trainer import take_step
 from tests.unit.training.fsdp.tiny import tiny_model
 from tests.verbs import run_verb
@@ -322,6 +323,19 @@ def test_the_state_of_the_optimizer_is_made_before_the_first_step_if_asked_for(m
     assert not optimizer.state
     backend.prepare_steps()
     assert len(optimizer.state) == len(backend._weights)
+
+
+def test_weights_are_placed_in_float32_unless_the_host_has_their_masters(model_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    placed, place_policy = [], fsdp_trainer.place_policy
+
+    def watch(model, architecture, place, **options):
+        placed.append(place.stored_dtype)
+        return place_policy(model, architecture, place, **options)
+
+    monkeypatch.setattr(fsdp_trainer, "place_policy", watch)
+    for adam in (_ADAM, offloaded(_ADAM, 0.5), offloaded(_ADAM, 1.0)):
+        _build(model_folder, adam=adam, dtype=torch.bfloat16)
+    assert placed == [torch.float32, torch.bfloat16, torch.bfloat16]
 
 
 def test_replicas_must_divide_the_ranks(model_folder: Path):

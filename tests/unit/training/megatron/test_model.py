@@ -15,7 +15,7 @@ from qwench.config.layout import ParallelLayout
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 from qwench.models.megatron_names import WeightRule, rules
-from qwench.training.megatron import groups, model
+from qwench.training.megatron import model
 from qwench.training.megatron.optimizer import _groups
 from tests.fakes.sections import adamw
 from tests.unit.config.architectures import QWEN3_4B
@@ -127,27 +127,6 @@ def test_a_rank_takes_its_rows_of_a_weight_and_refuses_another_shape(monkeypatch
     message = r"^a of the checkpoint make \[2, 2\] on one rank, but config.json implies \[3, 2\]; the files belong to another"
     with pytest.raises(ConfigError, match=message):
         share(torch.zeros(3, 2))
-
-
-@pytest.mark.parametrize("joined", [False, True])
-def test_ranks_are_divided_once_by_the_layout(joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[object] = []
-    monkeypatch.setattr(groups.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(groups.dist, "get_world_size", lambda: 48)
-    monkeypatch.setattr(groups.dist, "get_rank", lambda: 5)
-    for name, value in (
-        ("model_parallel_is_initialized", joined),
-        ("get_data_parallel_rank", 1),
-        ("get_data_parallel_world_size", 2),
-    ):
-        monkeypatch.setattr(parallel_state, name, lambda value=value: value)
-    monkeypatch.setattr(parallel_state, "initialize_model_parallel", lambda **options: made.append(options))
-    monkeypatch.setattr(groups, "model_parallel_cuda_manual_seed", lambda seed, **options: made.append((seed, options)))
-    rank = groups.join_groups(LAYOUT, timeout_s=61.0)
-    assert (rank.dp_rank, rank.dp_size, rank.num_ranks, rank.is_main) == (1, 2, 48, False)
-    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3, "context_parallel_size": 4}
-    options = {**sizes, "distributed_timeout_minutes": 2, "create_gloo_process_groups": False}
-    assert made == ([] if joined else [options, (0, {"force_reset_rng": True})])
 
 
 def test_vectors_are_not_decayed_and_matrices_of_muon_are_apart() -> None:
