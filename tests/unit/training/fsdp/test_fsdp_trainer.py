@@ -1,6 +1,7 @@
 """The backend on one rank, in this process: precision, reference, sharing, buckets, checkpoints."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -323,6 +324,29 @@ def test_the_state_of_the_optimizer_is_made_before_the_first_step_if_asked_for(m
     assert not optimizer.state
     backend.prepare_steps()
     assert len(optimizer.state) == len(backend._weights)
+
+
+def test_a_trainer_that_sleeps_does_nothing_else(model_folder: Path, tmp_path: Path):
+    backend = _build(model_folder)
+    backend.device = torch.device("meta")  # not a CPU
+    backend.sleep()
+    scoring = {"temperature": 1.0, "with_entropy": False}
+    for work in (
+        backend.sleep,
+        partial(backend.forward, _micro_batches(), **scoring),
+        partial(backend.forward_backward, _micro_batches(), _mean_loss, **scoring, after_each=lambda: None),
+        lambda: list(backend.weights(bucket_bytes=1 << 20)),
+        backend.copy_held_weights,
+        partial(backend.copy_for_frozen, model_folder),
+        partial(backend.save, tmp_path),
+        partial(backend.save_held_weights, tmp_path),
+        partial(backend.load, tmp_path),
+    ):
+        with pytest.raises(AssertionError, match=r"^wake\(\) comes first"):
+            work()
+    backend.wake()
+    backend.device = _CPU
+    assert _train(backend) == _train(_build(model_folder))
 
 
 def test_weights_are_placed_in_float32_unless_the_host_has_their_masters(model_folder: Path, monkeypatch: pytest.MonkeyPatch):
