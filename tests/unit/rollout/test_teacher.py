@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 import socketserver
 import threading
 
@@ -20,6 +21,10 @@ from qwench.samples import Prompt, Sample, Status
 from tests.contract.engine_hosts import make_engine, make_model, prompt_of
 
 URL = "http://127.0.0.1:1/generate"
+
+
+def result_of(scores: Scores | None, reason: FinishReason = FinishReason.LENGTH) -> GenerateResult:
+    return GenerateResult(request_id="t", output_ids=[], log_probs=[], finish_reason=reason, weight_versions=[], scores=scores)
 
 
 def section(**flags) -> DistillationConfig:
@@ -84,6 +89,44 @@ def test_the_likeliest_tokens_are_compared_as_an_independent_sum_compares_them(s
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-30)
     torch.testing.assert_close(torch.tensor(sample.teacher_kl), (weights * (p - q)).sum(-1), atol=2e-4, rtol=1e-4)
     assert len(sample.teacher_log_probs) == sample.response_length
+
+
+ASKED = {
+    "only-student": ([(2, ())], [(0, (4, 5, 6))]),
+    "only-teacher": ([(0, (5, 6, 7))], [(2, ())]),
+    "intersection": ([(2, ())], [(2, ())]),
+    "union": ([(2, ()), (0, (5, 6, 7))], [(2, (4, 5, 6))]),
+    "xor": ([(2, ()), (0, (5, 6, 7))], [(2, (4, 5, 6))]),
+}
+"""Strategy -> what the student and what the teacher are asked: how many of the likeliest tokens, and which others."""
+
+
+@pytest.mark.parametrize("strategy", ASKED)
+def test_nothing_is_asked_that_the_strategy_does_not_compare(strategy):
+    asked: list[list[tuple[int, tuple[int, ...]]]] = [[], []]
+
+    def answer(who: int, scoring: Scoring) -> Scores:
+        assert scoring.start == 7
+        asked[who].append((scoring.top_k, tuple(scoring.token_ids)))
+        likeliest = ([4, 5], [6, 5]) if who == 0 else ([5, 6], [7, 6])
+        top = [[(-1.0, token) for token in row] for row in likeliest] if scoring.top_k else []
+        return Scores(log_probs=[-1.0] * 2, top=top, of_token_ids=[[-2.0] * len(scoring.token_ids)] * 2)
+
+    class Scripted:
+        def __init__(self, who: int) -> None:
+            self.who = who
+
+        async def generate(self, request):
+            return result_of(answer(self.who, request.scoring))
+
+        async def abort(self, request_id=None): ...
+
+    teachers = Teachers(section(opd_log_prob_top_k=2, opd_top_k_strategy=strategy), {})
+    teachers._servers["default"] = Scripted(1)
+    sample = finished(2)
+    asyncio.run(teachers.teach(sample, Requests(Scripted(0))))
+    assert (asked[0], asked[1]) == ASKED[strategy]
+    assert sample.teacher_log_probs == [-1.0, -1.0] and len(sample.teacher_kl) == 2
 
 
 def test_worked_values_of_one_position():
@@ -159,7 +202,12 @@ def test_a_teacher_with_another_tokenizer_is_refused():
     ours, other = build_small_tokenizer(), build_small_tokenizer()
     probe(ours, of_server=ours)
     other.add_tokens(["frac"])
-    with pytest.raises(ConfigError, match=r"the teacher default --rm-url .* has another tokenizer .* reads a text as \["):
+    text = module.PROBE + "".join(ours.all_special_tokens)
+    theirs, own = other(text)["input_ids"], ours(text)["input_ids"]
+    at = module.PROBE.index("frac")  # the tokens before it are characters
+    assert theirs[:at] == own[:at] and theirs[at] != own[at]
+    said = f"reads a text as {theirs[at : at + 3]} from token {at} on where the policy reads {own[at : at + 3]}, so it"
+    with pytest.raises(ConfigError, match=rf"the teacher default --rm-url .* has another tokenizer .* {re.escape(said)}"):
         probe(ours, of_server=other)
 
 
@@ -190,9 +238,7 @@ def test_a_teacher_that_aborts_is_asked_again(monkeypatch):
             assert (request.sampling.max_new_tokens, request.sampling.temperature) == (0, 0.0)
             scores = answers.pop(0)
             reason = FinishReason.LENGTH if scores else FinishReason.ABORT
-            return GenerateResult(
-                request_id="t", output_ids=[], log_probs=[], finish_reason=reason, weight_versions=[], scores=scores
-            )
+            return result_of(scores, reason)
 
     asked = Teachers(section(), {})._ask(AbortsOnce(), [1, 2], Scoring(start=1))
     assert asyncio.run(asked) == Scores(log_probs=[-1.0])

@@ -96,6 +96,22 @@ def test_versions_are_confirmed(pool):
         run(pool, pool.check_versions(0))
 
 
+def test_an_abort_while_requests_are_held_ends_its_own_alone():
+    async def scenario(pool):
+        await pool._members.hold(True)
+        held = {name: asyncio.ensure_future(pool.generate(ask(name, [112]))) for name in ("a", "b", "c")}
+        await asyncio.sleep(0)
+        for name in ("a", "unknown"):
+            await pool.abort(name)
+        results = [await held["a"]]
+        await pool._members.hold(False)
+        results += [await held[name] for name in ("b", "c")]
+        return [result.finish_reason for result in results]
+
+    with closing(EnginePool([FakeEngine(lambda context, request: "ok"[len(context) - 1 :])], EventLoopThread())) as pool:
+        assert run(pool, scenario(pool)) == [FinishReason.ABORT, FinishReason.STOP, FinishReason.STOP]
+
+
 def test_flushing_reaches_every_engine(pool):
     request = ask("r", prompt_of(60), max_new_tokens=1)
 
