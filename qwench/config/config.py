@@ -74,11 +74,16 @@ class Config:
         return 1 if asked is None else asked
 
     @property
+    def max_age(self) -> int:
+        """Return how many versions a token may be older where not each of them is published (--update-weights-interval)."""
+        return self.max_staleness + self.rollout.update_weights_interval - 1
+
+    @property
     def num_past_policies(self) -> int:
         """Return how many versions before the policy's own wait on the host, to score what they sampled."""
         if not self.algorithm.keep_old_actor:
             return 0
-        return self.max_staleness + self.rollout.update_weights_interval - 1
+        return self.max_age
 
     @property
     def critic_gpus(self) -> tuple[int, ...]:

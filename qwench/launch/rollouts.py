@@ -82,6 +82,7 @@ class Generation:
         buffer = GroupBuffer(
             source,
             max_staleness=self.inputs.plan.max_staleness,
+            max_age=None if config.rollout.partial_rollout else config.max_age,
             buffer_filter=functions.buffer_filter,
             mask_off_policy=config.rollout.mask_offpolicy_in_partial_rollout,
         )
@@ -188,7 +189,7 @@ class Generation:
             self.engines,
             runner,
             Selection(functions, curriculum),
-            GroupBuffer(source),
+            GroupBuffer(source, max_age=config.max_age),
             bound,
             section,
             config.logging,

@@ -10,11 +10,15 @@ with their tokens, log-probs and weight versions. So a resumed run loses no grou
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from qwench.errors import QwenchError
+from qwench.rollout.staleness import begun_anew, oldest_version
 from qwench.samples import Group, Json, Rollout, Status
+
+_logger = logging.getLogger(__name__)
 
 
 class GroupSource(Protocol):
@@ -54,6 +58,7 @@ class GroupBuffer:
         source: GroupSource,
         *,
         max_staleness: int = 0,
+        max_age: int | None = None,
         buffer_filter: BufferFilter = oldest_first,
         mask_off_policy: bool = False,
     ) -> None:
@@ -61,9 +66,11 @@ class GroupBuffer:
 
         Args:
             max_staleness: rollouts that generation may be ahead of training (--rollouts-ahead).
+            max_age: weight versions that a token of a saved group may be older than the weights that learn from it; older
+                groups are generated again. None: any (--partial-rollout).
             mask_off_policy: take the tokens that an earlier rollout generated out of the loss.
         """
-        self._source, self.max_staleness = source, max_staleness
+        self._source, self.max_staleness, self._max_age = source, max_staleness, max_age
         self._buffer_filter, self._mask_off_policy = buffer_filter, mask_off_policy
         self._last_taken: int | None = None
         self._next_rollout_id: int | None = None
@@ -171,7 +178,39 @@ class GroupBuffer:
         self._interrupted = [Group.from_record(record) for record in state.get("in_flight", ())]
         rollouts = [Rollout.from_record(record) for record in state.get("finished", ())]
         self._finished = {rollout.rollout_id: rollout for rollout in rollouts}
-        self._next_rollout_id = rollouts[-1].rollout_id + 1 if rollouts else None
+        self._give_back_old()
+        self._next_rollout_id = max(self._finished) + 1 if self._finished else None
+
+    def begin_old_anew(self, rollout_id: int) -> None:
+        """Take the tokens from groups that wait if some would be too old in this rollout: other flags sampled them."""
+        for groups in (self._waiting, self._interrupted):
+            old = [place for place, group in enumerate(groups) if self._is_too_old(group, rollout_id)]
+            for place in old:
+                groups[place] = begun_anew(groups[place])
+            self._say_generated_again(len(old))
+
+    def _give_back_old(self) -> None:
+        """Let the groups of saved rollouts begin anew, from the first on that has tokens that are too old."""
+        for rollout in self.finished:
+            if any(self._is_too_old(group, rollout.rollout_id) for group in rollout.groups):
+                again = [self._finished.pop(later) for later in [*self._finished] if later >= rollout.rollout_id]
+                groups = [begun_anew(group) for one in again for group in one.groups]
+                self.put_first(groups)
+                self._say_generated_again(len(groups))
+                return
+
+    def _is_too_old(self, group: Group, rollout_id: int) -> bool:
+        version = oldest_version(group)
+        return self._max_age is not None and version is not None and version < rollout_id - self._max_age
+
+    def _say_generated_again(self, num_groups: int) -> None:
+        if num_groups:
+            _logger.warning(
+                "%d groups of the checkpoint are generated again: with these flags a token may be %d weight versions old, and "
+                "theirs would be older",
+                num_groups,
+                self._max_age,
+            )
 
     def _pick_waiting(self, num_groups: int) -> list[Group]:
         if not self._waiting or not num_groups:

@@ -27,9 +27,9 @@ from qwench.observability.console import Console
 from qwench.rollout.buffer import GroupBuffer
 from qwench.rollout.groups import GroupRunner, cancel_and_wait
 from qwench.rollout.selection import Selection, Tally
-from qwench.rollout.staleness import StalenessBound
+from qwench.rollout.staleness import StalenessBound, begun_anew, oldest_version
 from qwench.rollout.stream import CONTROL_TIMEOUT_S, INTERRUPT_GRACE_S, GeneratingStream, StreamOptions
-from qwench.samples import Group, Rollout, Sample
+from qwench.samples import Group, Rollout
 
 _logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ class ContinuousStream(GeneratingStream):
     def _begin_groups(self) -> None:
         while not self._held and self._may_begin():
             (group,) = self._buffer.next_groups(1)
-            version = group.begun_under if group.begun_under is not None else oldest_version(group)
+            version = oldest_version(group)
             if version is not None and not self._bound.fits(version):
                 _logger.warning("group %d was begun too many versions ago for the bound; it begins again", group.group_id)
                 group, version = begun_anew(group), None
@@ -296,20 +296,3 @@ class ContinuousStream(GeneratingStream):
 
     def _wait_for(self, coroutine: Coroutine[Any, Any, None], label: str) -> None:
         self._waiter.attend(coroutine, label=label, timeout_s=self._timeout_s, describe=self._describe)
-
-
-def oldest_version(group: Group) -> int | None:
-    """Return the oldest weights that sampled a token of the group; None: it has none."""
-    versions = (version for sample in group.samples for version in sample.weight_versions if version >= 0)
-    return min(versions, default=None)
-
-
-def begun_anew(group: Group) -> Group:
-    """Return the group as the data order handed it out, without responses."""
-    executions = sorted({one.sample_id if one.execution_id is None else one.execution_id for one in group.samples})
-    prompt = group.samples[0].prompt
-    samples = [
-        Sample(prompt=prompt, sample_id=sample_id, group_id=group.group_id, metadata=dict(prompt.metadata))
-        for sample_id in executions
-    ]
-    return Group(group_id=group.group_id, samples=samples)

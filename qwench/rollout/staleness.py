@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
+from qwench.samples import Group, Sample
+
 
 class StalenessBound:
     """Counts the groups of a run against the bound; see the module docstring."""
@@ -95,3 +97,22 @@ class StalenessBound:
         """Tell whether rollouts from `first` on, the earliest deadlines first, train on all groups begun under `versions`."""
         deadlines = sorted(version + self._max_staleness for version in versions)
         return all(first + place // self._groups_per_rollout <= deadline for place, deadline in enumerate(deadlines))
+
+
+def oldest_version(group: Group) -> int | None:
+    """Return the weights under which the group began, or the oldest that sampled one of its tokens; None: it has none."""
+    if group.begun_under is not None:
+        return group.begun_under
+    versions = (version for sample in group.samples for version in sample.weight_versions if version >= 0)
+    return min(versions, default=None)
+
+
+def begun_anew(group: Group) -> Group:
+    """Return the group as the data order handed it out, without responses."""
+    executions = sorted({one.sample_id if one.execution_id is None else one.execution_id for one in group.samples})
+    prompt = group.samples[0].prompt
+    samples = [
+        Sample(prompt=prompt, sample_id=sample_id, group_id=group.group_id, metadata=dict(prompt.metadata))
+        for sample_id in executions
+    ]
+    return Group(group_id=group.group_id, samples=samples)

@@ -232,6 +232,7 @@ class RolloutStream(GeneratingStream):
         if before is not None:
             await before
         started_at = time.monotonic()
+        self._buffer.begin_old_anew(rollout_id)
         rollout = await self._make(rollout_id)
         self._buffer.finish(await self._describe_finished(rollout, time.monotonic() - started_at))
 

@@ -37,9 +37,9 @@ def right(sample):
 
 
 @contextmanager
-def open_stream(engine=None, *, score=right, ahead=0, source=None, options=None, make=None, **rules):
+def open_stream(engine=None, *, score=right, ahead=0, source=None, buffer=None, options=None, make=None, **rules):
     engine = engine or FakeEngine(write_ok)
-    buffer = GroupBuffer(source or letters_source(), max_staleness=ahead)
+    buffer = buffer or GroupBuffer(source or letters_source(), max_staleness=ahead)
     with closing(EnginePool([engine], EventLoopThread())) as engines:
         make = make or make_collector(engine, FakeGrader(score), buffer=buffer, **rules).collect
         settings = {"num_rollouts": 9, **(options or {})}
