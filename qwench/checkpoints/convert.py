@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from qwench.checkpoints.folders import MARKER, check_base
+from qwench.checkpoints.folders import MARKER, check_base, frozen_form
 from qwench.checkpoints.formats.fp8 import QuantizedSource, StoredTensors
 from qwench.checkpoints.formats.iterations import POINTER, RELEASE, Iterations
 from qwench.checkpoints.formats.sources import (
@@ -177,7 +177,7 @@ class Converter:
         dtype = torch.float32 if self._conversion.to == "fsdp" else self._conversion.dtype
         weights = open_weights(base, self._model)
         check_base(source, base, weights)
-        return MergedWeights(weights, AdapterFolder(source), self._model, dtype=dtype)
+        return MergedWeights(weights, AdapterFolder(source), self._model, dtype=dtype, frozen_form=frozen_form(source))
 
     @property
     def weight_dtype(self) -> torch.dtype:

@@ -29,11 +29,21 @@ from qwench.errors import CheckpointError, ConfigError
 from qwench.files import LOCK, TEMPORARY_SUFFIX, FolderLock, fill_rollout_id, trouble, write_atomically
 from qwench.models.architecture import Architecture
 from qwench.models.hf import check_export_folder
+from qwench.models.nf4 import FrozenForm
 from qwench.models.peft import AdapterConfig, AdapterFolder, is_adapter
 from qwench.samples import Json
 
 MARKER = "qwench_run.json"
 _ADAPTER_FLAG = "--lora-adapter-path"
+_FLAGS_OF_FACTS = {
+    "lora_rank": "--lora-rank",
+    "lora_scale": "the LoRA scale (--lora-alpha, --lora-rank, --use-rslora)",
+    "lora_init": "--lora-init",
+    "lora_base": "--lora-base",
+    "target_modules": "--target-modules",
+    "base_weights": "a base model (--hf-checkpoint) of checksum",
+}
+"""What a user knows the facts of an adapter's run by."""
 
 
 def open_save_folder(config: CheckpointConfig, identity: Mapping[str, Json]) -> FolderLock | None:
@@ -194,6 +204,11 @@ def check_weights(
         ConfigError: they are of another model, damaged or half-written, or there are none.
     """
     started = starting_weights(config)
+    if lora is not None and started is not None and is_adapter(started):
+        raise ConfigError(
+            f"--ref-load: {started} is a LoRA adapter, and the base of a run is a whole model; give {_ADAPTER_FLAG} {started} "
+            "to start from it, or merge it into its base with qwench convert."
+        )
     sources = [("--ref-load", started), ("--load", foreign_checkpoint(config))]
     if lora is not None:
         sources.append((_ADAPTER_FLAG, starting_adapter(lora)))
@@ -226,14 +241,24 @@ def check_base(adapter: Path, base: Path, weights: WeightSource) -> None:
         raise ConfigError(f"{adapter} was trained on another base than {base}; give the base of the run.")
 
 
+def frozen_form(adapter: Path) -> FrozenForm | None:
+    """Return to what the run of an adapter rounded its base (--lora-base); None: to nothing, or no run wrote it."""
+    identity = read_manifest(adapter, with_content=False)["identity"] if has_manifest(adapter) else {}
+    forms: dict[Json, FrozenForm] = {"fp8": "fp8", "nf4": "nf4"}
+    return forms.get(identity.get("lora_base"))
+
+
 def check_identity(written: Mapping[str, Json], identity: Mapping[str, Json], *, what: str) -> None:
-    """Raise ConfigError that names the first fact in which a folder's run and this run differ."""
-    for fact in sorted({*written, *identity}):
+    """Raise ConfigError that names the first fact in which a folder's run and this run differ, adapters or none before all."""
+    for fact in sorted({*written, *identity}, key=lambda fact: (fact != "lora_rank", fact == "base_weights", fact)):
         if written.get(fact) != identity.get(fact):
-            raise ConfigError(
-                f"{what} is of a run with {fact} {written.get(fact)!r}, this one has {identity.get(fact)!r}; "
-                "give another folder."
-            )
+            name = _FLAGS_OF_FACTS.get(fact, fact)
+            has, wants = (_shown(facts.get(fact)) for facts in (written, identity))
+            raise ConfigError(f"{what} is of a run with {name} {has}, this one has {wants}; give another folder.")
+
+
+def _shown(value: Json) -> str:
+    return "none" if value is None else repr(value)
 
 
 def is_save_folder(config: CheckpointConfig, folder: Path) -> bool:

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from qwench.checkpoints.convert import Conversion, Converted, Converter, Ranks, check_output
 from qwench.checkpoints.extract import extract_adapter
+from qwench.checkpoints.folders import frozen_form
 from qwench.checkpoints.formats.sources import find_checkpoint, find_format, open_weights
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.model_flags import check_model_flags
@@ -156,8 +157,10 @@ def _megabytes(nbytes: int) -> int:
 
 def _report(console: Console, conversion: Conversion, converted: Converted, *, seconds: float, peaks: Sequence[int]) -> None:
     optimizer = ", with the optimizer's state" if converted.with_optimizer else ""
+    form = frozen_form(conversion.source) if is_adapter(conversion.source) else None
+    base = f", over the base rounded to {form} as in its run" if form else ""
     console.say(
-        f"wrote {conversion.output} ({conversion.to}{optimizer}): {converted.num_tensors} tensors, "
+        f"wrote {conversion.output} ({conversion.to}{base}{optimizer}): {converted.num_tensors} tensors, "
         f"{converted.nbytes / 1e9:.2f} GB in {seconds:.1f} s ({converted.nbytes / 1e9 / seconds:.2f} GB/s); every tensor was "
         f"read back and has the checksum it was written with; peak memory {max(peaks) / 1e9:.2f} GB per process"
     )

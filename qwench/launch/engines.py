@@ -326,6 +326,7 @@ def serve(config: ServeConfig) -> None:
         port=config.server.port,
         token=os.environ.get(TOKEN_VARIABLE),
         adapters=adapters,
+        check_base=partial(_check_adapter_base, inputs),
     )
 
 
@@ -338,8 +339,13 @@ def _find_adapter(name: str, folder: Path, inputs: Inputs) -> Path:
     found = find_checkpoint(folder, flag="--lora")
     try:
         AdapterFolder(found).check_fits(inputs.plan.model)
-        if not is_fp8_checkpoint(inputs.model_folder):  # what was rounded cannot be told from another base
-            check_base(found, inputs.model_folder, open_weights(inputs.model_folder, inputs.plan.model))
+        _check_adapter_base(inputs, found)
     except (ConfigError, CheckpointError) as error:
         raise ConfigError(f"--lora {name}={folder}: {error}") from error
     return found
+
+
+def _check_adapter_base(inputs: Inputs, adapter: Path) -> None:
+    """Raise ConfigError if a run trained the adapter on another base than the one that is served."""
+    if not is_fp8_checkpoint(inputs.model_folder):  # what was rounded cannot be told from another base
+        check_base(adapter, inputs.model_folder, open_weights(inputs.model_folder, inputs.plan.model))

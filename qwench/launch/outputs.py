@@ -277,7 +277,7 @@ def _adapter_identity(inputs: Inputs) -> dict[str, Json]:
     }
     if lora.lora_base != "auto":
         facts["lora_base"] = lora.lora_base
-    if find_format(base) != "hf" or has_weights(base):
+    if (form := find_format(base)) in ("fsdp", "torch_dist") or (form == "hf" and has_weights(base)):  # others are refused
         facts["base_weights"] = fingerprint(open_weights(base, inputs.plan.model))
     return facts
 

@@ -14,8 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import Qwen3ForCausalLM
 
 from qwench.config.sections.lora import LoraConfig
+from qwench.models.nf4 import FrozenForm
 from qwench.models.peft import AdapterConfig, write_adapter
-from qwench.training.frozen import FrozenForm, FrozenMatrix
+from qwench.training.frozen import FrozenMatrix
 from tests.contract import train_backend_cases as cases
 
 RANK, ALPHA = 3, 5.0

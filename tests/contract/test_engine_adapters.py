@@ -351,9 +351,18 @@ def test_adapters_of_the_start_are_named_beside_those_loaded_later(model, folder
         await engine.post("/unload_lora_adapter", {"lora_name": "early"})
         with pytest.raises(EngineError, match="there is no adapter 'early'; loaded: late"):
             await engine.generate(replace(ask("a", prompt_of(5)), adapter="early"))
+        of_another_base = {"lora_name": "other", "lora_path": str(folders["wide"])}
+        with pytest.raises(EngineError, match="status 400: wide was trained on another base"):
+            await engine.post("/load_lora_adapter", of_another_base)
+        await engine.post("/update_weight_version", {"new_version": "1"})
+        await engine.post("/load_lora_adapter", of_another_base)  # the weights are no longer those that the check knows
         await engine.close()
 
-    with ServerThread(make_engine(model), adapters={"early": folders["wide"]}) as server:
+    def refuse_wide(folder: Path) -> None:
+        if folder == folders["wide"]:
+            raise ConfigError("wide was trained on another base")
+
+    with ServerThread(make_engine(model), adapters={"early": folders["wide"]}, check_base=refuse_wide) as server:
         asyncio.run(scenario(HttpEngine(server.base_url)))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qwench.engines.embedded.http.adapter_routes import AdapterCheck
 from qwench.launch import engines
 from tests.e2e.conftest import DIGITS, InProcess, Workspace, column
 from tests.fakes import cuda_stand_in
@@ -47,15 +48,29 @@ def test_a_run_of_adapters_learns_and_resumes_bit_by_bit(workspace: Workspace, t
     assert "--verify compares" in in_process([*words, "--to", "hf", "--verify"])[1]
 
 
+@pytest.mark.parametrize("form", ["fp8", "nf4"])
+def test_an_adapter_of_a_rounded_base_is_merged_into_the_base_as_its_run_rounded_it(
+    form: str, workspace: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    assert (
+        in_process(workspace.sft_argv(tmp_path / "run", **LORA, lora_base=form, num_rollout=1, save_hf=tmp_path / "hf"))[0] == 0
+    )
+    words = ["convert", "--input", str(tmp_path / "run"), "--hf-checkpoint", str(workspace.model), "--to", "hf"]
+    assert in_process([*words, "--dtype", "float32", "--output", str(tmp_path / "merged")])[0] == 0
+    exported, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "merged"))
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in merged.items())
+
+
 @pytest.mark.parametrize(
     ("change", "fact"),
     [
-        ({"lora_rank": 8}, "lora_rank 4, this one has 8"),
-        ({"lora_base": "nf4"}, "lora_base"),
-        ({"target_modules": "q_proj"}, "target_modules 'q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj', this one"),
-        ({"hf_checkpoint": "other"}, "base_weights"),
+        ({"lora_rank": 8}, "--lora-rank 4, this one has 8"),
+        ({"lora_alpha": 3}, "the LoRA scale (--lora-alpha, --lora-rank, --use-rslora) "),
+        ({"lora_base": "nf4"}, "--lora-base none, this one has 'nf4'"),
+        ({"target_modules": "q_proj"}, "--target-modules 'q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj', this one"),
+        ({"hf_checkpoint": "other"}, "with a base model (--hf-checkpoint) of checksum"),
         ({"hf_checkpoint": "gone"}, "/gone"),
-        ({"lora_rank": None, "lora_alpha": None, "lora_dropout": None}, "base_weights"),
+        ({"lora_rank": None, "lora_alpha": None, "lora_dropout": None}, "--lora-rank 4, this one has none"),
     ],
 )
 def test_a_resumed_run_with_another_adapter_or_base_is_one_line(
@@ -86,18 +101,33 @@ def test_an_adapter_goes_with_the_base_of_its_run_alone(
         assert code == 2 and len(said.strip().splitlines()) == 1 and fact in said, said
         assert not (tmp_path / "merged").exists()
     other, adapter = tmp_path / "other", tmp_path / "run"
+    model, output = ["--hf-checkpoint", str(workspace.model)], tmp_path / "evaluated"
+    for words, fact in (
+        (workspace.sft_argv(tmp_path / "next", **LORA, num_rollout=1, ref_load=adapter), "--lora-adapter-path "),
+        (workspace.eval_argv(workspace.model, output, lora_rank=4, lora_adapter_path=adapter), "merge it by qwench convert"),
+        (["serve", *model, "--lora", "a=/absent"], "--lora a=/absent: there is no adapter_config.json in /absent"),
+    ):
+        code, said = in_process(words)
+        assert code == 2 and fact in " ".join(said.split()), said
     continued = workspace.sft_argv(tmp_path / "next", **LORA, num_rollout=1, lora_adapter_path=adapter, hf_checkpoint=other)
     for words in (["serve", "--hf-checkpoint", str(other), "--lora", f"a={adapter}"], continued):
         code, said = in_process(words)
         assert code == 2 and len(said.strip().splitlines()) == 1 and "was trained on another base than" in said, said
     served: list[dict[str, Path]] = []
-    monkeypatch.setattr(engines, "serve_engine", lambda *_, adapters, **__: served.append(adapters))
+
+    def note(*_: object, adapters: dict[str, Path], check_base: AdapterCheck, **__: object) -> None:
+        served.append(adapters)
+        check_base(adapter / "iter_0000001")  # as when a client loads it
+
+    monkeypatch.setattr(engines, "serve_engine", note)
+    code, said = in_process(["serve", "--hf-checkpoint", str(other)])
+    assert code == 2 and len(said.strip().splitlines()) == 1 and "was trained on another base than" in said, said
     rounded = tmp_path / "rounded"
     assert in_process(["convert", "--input", str(workspace.model), "--to", "fp8", "--output", str(rounded)])[0] == 0
     assert in_process(["serve", "--hf-checkpoint", str(rounded), "--lora", f"a={adapter}"])[0] == 0
-    assert served == [{"a": adapter / "iter_0000001"}]
+    assert served == [{}, {"a": adapter / "iter_0000001"}]
     code, said = in_process(["serve", "--hf-checkpoint", str(rounded), "--lora", f"a={workspace.model}"])
-    assert code == 2 and f"--lora a={workspace.model}: there is no adapter_config.json" in said and len(served) == 1, said
+    assert code == 2 and f"--lora a={workspace.model}: there is no adapter_config.json" in said and len(served) == 2, said
 
 
 def test_fine_tuning_goes_on_from_a_peft_folder_in_load(workspace: Workspace, tmp_path: Path, in_process: InProcess) -> None:
@@ -170,4 +200,4 @@ def test_megatron_ranks_train_the_adapter_that_one_rank_trains_and_resume(
     )
     changed = workspace.train_argv(tmp_path / "two", **{**flags, "lora_rank": 8}, num_rollout=4)
     code, said = in_process(changed)
-    assert code == 2 and "lora_rank 4, this one has 8" in " ".join(said.split())
+    assert code == 2 and "--lora-rank 4, this one has 8" in " ".join(said.split())

@@ -35,6 +35,7 @@ from qwench.files import TEMPORARY_SUFFIX
 from qwench.models.architecture import Architecture
 from qwench.models.fp8 import dequantize, scale_name
 from qwench.models.hf_weights import check_nothing_more, check_shapes, find_parameters
+from qwench.models.nf4 import FrozenForm, rounded
 from qwench.models.peft import A, AdapterFolder, B, is_adapter, merged
 from qwench.models.safetensors_files import StoredTensor, TensorSpec, as_bytes, read_tensor
 
@@ -274,17 +275,26 @@ def _torch_dist_optimizer(folder: Path, model: Architecture) -> OptimizerState |
 class MergedWeights:
     """A `WeightSource`: each weight of the base, plus scale * B A where there is an adapter."""
 
-    def __init__(self, base: WeightSource, adapter: AdapterFolder, model: Architecture, *, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        base: WeightSource,
+        adapter: AdapterFolder,
+        model: Architecture,
+        *,
+        dtype: torch.dtype | None,
+        frozen_form: FrozenForm | None = None,
+    ) -> None:
         """Check that the adapter is one of `model`.
 
         Args:
             dtype: In which weights are merged. None: in that of the base.
+            frozen_form: To which the run rounded the projections that have adapters. None: to none.
 
         Raises:
             ConfigError: it is not.
         """
         adapter.check_fits(model)
-        self._base = base
+        self._base, self._frozen_form = base, frozen_form
         self._adapter = adapter
         self._adapted = adapter.config.shapes(model)
         self.specs: Mapping[str, TensorSpec] = {
@@ -298,5 +308,7 @@ class MergedWeights:
         module = name.removesuffix(".weight")
         if f"{module}.{A}" not in self._adapted:
             return weight
+        if self._frozen_form is not None:
+            weight = rounded(weight, self._frozen_form)
         a, b = (self._adapter.read(f"{module}.{leaf}").to(weight.dtype) for leaf in (A, B))
         return merged(weight, a, b, scale=self._adapter.config.scale)

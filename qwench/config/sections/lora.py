@@ -23,6 +23,9 @@ LoraBase = Literal["auto", "fp8", "nf4"]
 LoraPublish = Literal["merged", "adapter"]
 
 
+MERGE_FIRST = "to evaluate one, merge it by qwench convert --to hf, and give the output as --hf-checkpoint"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
     """LoRA: train W + scale * B A in the place of W, with W frozen. The reference is the model without adapters."""
@@ -102,6 +105,8 @@ class LoraConfig:
         for item in fields(self):
             if item.name not in kept and getattr(self, item.name) != item.default:
                 flag = "--" + item.name.replace("_", "-")
+                if item.name == "lora_adapter_path":
+                    raise ConfigError(f"{flag} starts training from an adapter: give its --lora-rank; {MERGE_FIRST}")
                 raise ConfigError(f"{flag} has no effect without adapters; give --lora-rank, or leave it out")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fastapi import APIRouter, Response
@@ -15,6 +15,13 @@ from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.errors import EngineError, QwenchError
 
 _MAX_NAME_CHARS = 256
+
+AdapterCheck = Callable[[Path], None]
+"""Raises ConfigError if a PEFT folder was trained on another base than the checkpoint that is served."""
+
+
+def any_base(folder: Path) -> None:
+    """Accept an adapter of every base."""
 
 
 class LoadBody(BaseModel):
@@ -36,13 +43,13 @@ class UnloadBody(BaseModel):
 class AdapterRoutes:
     """The handlers that change the adapters of one engine."""
 
-    def __init__(self, engine: EmbeddedEngine, folders: Mapping[str, Path]) -> None:
-        """Load `folders`, by the names of the adapters.
+    def __init__(self, engine: EmbeddedEngine, folders: Mapping[str, Path], check_base: AdapterCheck) -> None:
+        """Load `folders`, by the names of the adapters; `check_base` sees those that are loaded later.
 
         Raises:
             ConfigError, CheckpointError: see `load_folder`.
         """
-        self._engine = engine
+        self._engine, self._check_base = engine, check_base
         for name, folder in folders.items():
             load_folder(name, folder, engine.architecture)(engine.adapters, set())
 
@@ -57,6 +64,8 @@ class AdapterRoutes:
         if not 0 < len(name) <= _MAX_NAME_CHARS or not name.isprintable():
             return self._answer(f"lora_name {name[:40]!r} is no name: 1 to {_MAX_NAME_CHARS} printable characters.")
         try:
+            if await self._engine.weight_version() == 0:  # later the weights are others than those of the checkpoint
+                await asyncio.to_thread(self._check_base, Path(body.lora_path))
             add = await asyncio.to_thread(load_folder, name, Path(body.lora_path), self._engine.architecture)
             await self._engine.change_adapters(add)
         except (OSError, QwenchError) as error:

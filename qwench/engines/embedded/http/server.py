@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.http import answers
-from qwench.engines.embedded.http.adapter_routes import AdapterRoutes
+from qwench.engines.embedded.http.adapter_routes import AdapterCheck, AdapterRoutes, any_base
 from qwench.engines.embedded.http.answers import FieldError, Json, error_record, json_answer
 from qwench.engines.embedded.http.api import GenerateBody, no_stop_trims, to_response
 from qwench.engines.embedded.http.border import Border
@@ -70,12 +70,14 @@ class EngineServer:
         model_path: str,
         token: str | None,
         adapters: Mapping[str, Path],
+        check_base: AdapterCheck = any_base,
         loopback_only: bool = True,
     ) -> None:
         """Serve `engine`.
 
         Args:
             adapters: PEFT folders by the names that requests give.
+            check_base: of adapters that clients load.
             token: that clients must show to change weights and memory. None or empty: every client may.
             loopback_only: the server listens for this machine alone.
         """
@@ -84,7 +86,7 @@ class EngineServer:
         self._model_path = model_path
         self._token = token or None
         self._num_health_checks = 0
-        self._adapter_routes = AdapterRoutes(engine, adapters)
+        self._adapter_routes = AdapterRoutes(engine, adapters, check_base)
         self._openai_routes = OpenAiRoutes(engine, model=lambda: self._model_path)
         self._weight_routes = WeightRoutes(engine, device=engine.device, on_new_folder=self._note_folder)
 

@@ -16,6 +16,7 @@ import uvicorn
 
 from qwench.engines.client import SERVER_IDLE_TIMEOUT_S
 from qwench.engines.embedded.engine import EmbeddedEngine
+from qwench.engines.embedded.http.adapter_routes import AdapterCheck, any_base
 from qwench.engines.embedded.http.border import HeaderDeadline
 from qwench.engines.embedded.http.server import EngineServer
 from qwench.engines.embedded.settings import EmbeddedSettings
@@ -40,6 +41,7 @@ def serve(
     port: int = 30_000,
     token: str | None = None,
     adapters: Mapping[str, Path] = MappingProxyType({}),
+    check_base: AdapterCheck = any_base,
 ) -> None:
     """Load a checkpoint and serve it until interrupted.
 
@@ -50,6 +52,7 @@ def serve(
         port: to listen on.
         token: what clients must show to change weights or memory. None or empty: every client may.
         adapters: PEFT folders by the names that requests give.
+        check_base: of adapters that clients load.
 
     Raises:
         ConfigError: a model this engine cannot run, or an adapter of another model.
@@ -61,7 +64,14 @@ def serve(
     check_port_is_free("the server", host, port, flag="--port")
     engine = EmbeddedEngine.from_checkpoint(checkpoint, settings)
     loopback_only = host in _LOOPBACK_HOSTS
-    server = EngineServer(engine, model_path=str(checkpoint), token=token, adapters=adapters, loopback_only=loopback_only)
+    server = EngineServer(
+        engine,
+        model_path=str(checkpoint),
+        token=token,
+        adapters=adapters,
+        check_base=check_base,
+        loopback_only=loopback_only,
+    )
     _logger.info(greeting(checkpoint, adapters, host=host, port=port))
     if token is None:
         _logger.info("no token is set: every program of this machine may change weights and memory")
@@ -92,9 +102,10 @@ class ServerThread:
         model_path: str = "",
         token: str | None = None,
         adapters: Mapping[str, Path] = MappingProxyType({}),
+        check_base: AdapterCheck = any_base,
     ) -> None:
         self._socket = socket.create_server((LOOPBACK, 0))
-        app = EngineServer(engine, model_path=model_path, token=token, adapters=adapters).app()
+        app = EngineServer(engine, model_path=model_path, token=token, adapters=adapters, check_base=check_base).app()
         options = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **_CONNECTIONS)
         self._server = uvicorn.Server(options)
         self._thread = daemon("qwench-engine-server", self._server.run, [self._socket])
