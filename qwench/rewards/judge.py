@@ -24,11 +24,13 @@ JUDGE = "judge"
 PROMPT_TOKENS, ANSWER_TOKENS = "judge_prompt_tokens", "judge_completion_tokens"
 """Entries of a verdict's record: what its request cost."""
 _FIELDS = re.compile(r"\{(prompt|response|label)\}")
+_QUOTE = "[\"'\u201c\u201d\u2018\u2019]"
 _GAP = r"[ \t*_`]{0,4}"
 _OF = rf"{_GAP}(?:/|out[ \t]+of|of){_GAP}"
 _PERCENT = rf"{_GAP}(?:%|percent\b)"
-_SAID = r"(?:score[\s:=*_`]{0,8}|[\"']score[\"']\s{0,8}:\s{0,8}[\"']?)"
-"""`Score: 0.5` and, in an answer that is JSON, `"score": 0.5`; but no `"max_score": 1`."""
+_KEYS = r"(?:(?:final|overall)[ _-]?)?score"
+_SAID = rf"(?:score[\s:=*_`]{{0,8}}{_QUOTE}?|{_QUOTE}{_KEYS}{_QUOTE}\s{{0,8}}:\s{{0,8}}{_QUOTE}?)"
+"""`Score: 0.5` and, in an answer that is JSON, `"score": 0.5` or `"final_score": 0.5`; but no `"max_score": 1`."""
 _SCORE = re.compile(
     rf"{_SAID}(-?\.?\d[0-9a-z.,%+-]*(?:{_PERCENT}|{_OF}[-.]?\d[0-9a-z./,%+-]*|{_GAP}-{_GAP}\d+)?)", re.IGNORECASE
 )
@@ -137,7 +139,7 @@ def _said_score(text: str) -> str | None:
     except (ValueError, RecursionError):
         whole = None
     for key, value in whole.items() if isinstance(whole, dict) else ():
-        if key.lower() == "score":
+        if re.fullmatch(_KEYS, key, re.IGNORECASE):
             text = f"score: {value}"
     said = _SCORE.findall(text)
     return said[-1] if said else None

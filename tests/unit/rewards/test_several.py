@@ -124,6 +124,12 @@ def said(text: str) -> dict[str, object]:
         ('```json\n{"Score": "2/4", "reason": "not score 1"}\n```\n', (0, 1), 0.5),
         ('{"score": "0.5 (half)", "reason": "no score 1"}', (0, 1), 0.5),
         ('{"reason": "half. Score: 0.5"}', (0, 1), 0.5),
+        ('{"final_score": 0.5, "max_score": 1, "reason": "score 1 is not due"}', (0, 1), 0.5),
+        ('{"Overall Score": "7/10"}', (0, 1), 0.7),
+        ('Here it is: {"final_score": 0.5, "max_score": 1}', (0, 1), 0.5),
+        ("{\u201cscore\u201d: 0.5, \u201cmax_score\u201d: 1}", (0, 1), 0.5),
+        ("Score: \u201c0.5\u201d", (0, 1), 0.5),
+        ("Final score: '0.5'", (0, 1), 0.5),
     ],
 )
 def test_the_last_score_that_the_judge_says_counts(text, scores, score):
