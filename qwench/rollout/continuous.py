@@ -84,7 +84,8 @@ class ContinuousStream(GeneratingStream):
         """End what is in flight as it is; no token is sampled inside the block, and afterwards the groups go on.
 
         Raises:
-            QwenchError: a group failed.
+            QwenchError: a group failed while it came to rest; in a deterministic run, or before. Elsewhere the next `take`
+                raises the error of a group that failed before: first a checkpoint keeps what was learned, with that group.
         """
         is_running = not self._held
         if is_running:
