@@ -17,7 +17,7 @@ MODEL=$MODEL_DIR/Qwen3-$SIZE
 LOGS=$OUTPUT_DIR/${SCRIPT%.sh}
 
 [ -d "$MODEL" ] || qwench make-model --size "$SIZE" --tokenizer qwen --qwen-tiktoken "$QWEN_TIKTOKEN" --output "$MODEL"
-if grep -q _torch_dist "$HERE/../../scripts/$SCRIPT" && [ ! -d "${MODEL}_torch_dist" ]; then
+if [[ " $* " != *" --ref-load"[\ =]* ]] && grep -q _torch_dist "$HERE/../../scripts/$SCRIPT" && [ ! -d "${MODEL}_torch_dist" ]; then
    qwench convert --input "$MODEL" --to torch_dist --output "${MODEL}_torch_dist"
 fi
 

@@ -107,16 +107,15 @@ def _unused_by_external_engines(engine: EngineConfig) -> Iterator[str]:
 
 
 def _unused_by_own_engines(config: Config) -> Iterator[str]:
-    engine, default, facts = config.engine, EngineConfig(), config.engine.facts
-    in_process = facts.runs_in_process and config.cluster.shares_devices
+    engine, default = config.engine, EngineConfig()
     for name in (
         *("use_fault_tolerance", "use_sglang_router"),
         *("rollout_health_check_first_wait", "rollout_health_check_interval", "rollout_health_check_timeout"),
     ):
-        if in_process and getattr(engine, name) != getattr(default, name):
+        if config.embeds_engine and getattr(engine, name) != getattr(default, name):
             yield f"--{flag_name(name)} has no effect on the {engine.kind} engine: it runs in this process"
-    if facts.reads_embedded_flags:
-        yield from _unused_pass_through(engine.sglang_args, engine.router_args if in_process else ())
+    if engine.facts.reads_embedded_flags:
+        yield from _unused_pass_through(engine.sglang_args, engine.router_args if config.embeds_engine else ())
 
 
 def _compares_siblings(algorithm: AlgorithmConfig) -> bool:

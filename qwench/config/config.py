@@ -99,6 +99,12 @@ class Config:
         return self.cluster.world_size + sum(self.critic_gpus)
 
     @property
+    def embeds_engine(self) -> bool:
+        """Tell whether the process of the only rank holds the engine. Several ranks on GPUs, and Ray, have engine servers."""
+        alone = self.num_ranks == 1 and self.cluster.launcher != "ray"
+        return alone and self.cluster.shares_devices and self.engine.facts.runs_in_process
+
+    @property
     def backend(self) -> Literal["megatron", "fsdp"]:
         """Return the training backend: the one given, or the one the layout needs."""
         return self.training.train_backend or ("megatron" if self.parallel.layout.model_ranks > 1 else "fsdp")

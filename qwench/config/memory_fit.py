@@ -25,8 +25,7 @@ def weight_bytes_beside_trainer(config: Config, plan: RunPlan) -> int:
     while they change.
     """
     devices, lora = plan.devices, config.lora
-    in_process = config.engine.facts.runs_in_process and config.num_ranks == 1 and config.cluster.launcher != "ray"
-    if not (devices.shared and in_process):
+    if not (devices.shared and config.embeds_engine):
         return 0
     may_share = devices.weights_may_alias
     if lora.enabled:

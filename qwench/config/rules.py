@@ -286,7 +286,7 @@ def hooks_have_what_they_see(config: Config) -> str | None:
                 "--custom-update-weight-post-write-path sees files that only --update-weight-transport disk writes, got "
                 f"{engine.update_weight_transport}"
             )
-        if engine.facts.runs_in_process and config.cluster.shares_devices:
+        if config.embeds_engine:
             return (
                 "--custom-update-weight-post-write-path has no effect on the embedded engine of this process, which reads no "
                 "files; leave it out"

@@ -89,6 +89,15 @@ def test_fine_tuning_and_evaluation_are_not_warned_about_groups_of_one(files):
     assert [text.split(" ")[0] for text in warnings(config, trains=False)] == ["--use-fault-tolerance"]
 
 
+@pytest.mark.parametrize("apart", [["--actor-num-gpus-per-node", "2"], ["--launcher", "ray"]])
+def test_embedded_engines_in_servers_are_restarted_and_routed(files, apart):
+    """A killed server of a colocated run on two GPUs was restarted, although the flag was said to have no effect."""
+    served = ["--use-fault-tolerance", "--rollout-health-check-interval", "9"]
+    routed = ["--use-sglang-router", "--router-policy", "random"]
+    config = parse_run("train", [*flat(words_of(files)), "--colocate", *EMBEDDED, *served, *routed, *apart])
+    assert list(warnings(config)) == []
+
+
 def test_evaluation_warns_that_it_reads_no_training_checkpoint(files):
     words = [*flat(words_of(files)), "--eval-prompt-data", "e", str(files / "train.jsonl"), "--load", str(files)]
     (warning,) = warnings(parse_run("eval", words), trains=False)

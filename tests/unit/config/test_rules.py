@@ -221,6 +221,16 @@ def test_engines_of_several_gpus_divide_the_gpus_there_are():
     check_rules(Config(engine=engine, cluster=apart))
 
 
+def test_servers_that_share_the_gpus_of_several_ranks_read_the_files_of_a_publication():
+    check_rules(
+        Config(
+            cluster=ClusterConfig(actor_num_gpus_per_node=2, colocate=True),
+            references=ReferencesConfig(custom_update_weight_post_write_path="a.b"),
+            engine=EngineConfig(rollout_engine="embedded", update_weight_transport="disk"),
+        )
+    )
+
+
 def test_recorded_rollouts_have_no_epochs():
     debug = DebugConfig(load_debug_rollout_data="r/{rollout_id}.jsonl")
     with pytest.raises(ConfigError, match="--num-rollout is required here"):
