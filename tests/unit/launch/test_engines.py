@@ -223,3 +223,23 @@ def test_an_engine_of_this_process_is_neither_watched_nor_routed_to(with_weights
     pool = build_pool(inputs, with_weights=with_weights, servers=None, token=None)
     assert [(member.engine, member.server, member.url) for member in pool.members] == [(("embedded", with_weights), None, "")]
     assert pool.options == {"router": None, "health": None, "can_republish": not with_weights}
+
+
+def test_a_router_that_does_not_start_ends_the_servers_and_the_loop(pools: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(inputs: object, undo: object) -> None:
+        raise EngineError("no router")
+
+    monkeypatch.setattr(engines, "_start_router", broken)
+    inputs = inputs_of(config_of(engine=EngineConfig(use_sglang_router=True)))
+    with pytest.raises(EngineError, match="no router"):
+        build_pool(inputs, with_weights=False, servers=[ServerAt(label, pools) for label in "ab"], token=None)
+    assert pools == ["b", "a", "loop"]
+
+
+def test_engines_that_run_already_are_members(pools: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    reached: list[object] = []
+    monkeypatch.setattr(engines, "_reach_external", lambda *given: reached.append(given) or [Member(engine="there", url="u")])
+    inputs = inputs_of(config_of(engine=EngineConfig(rollout_external_engine_addrs=("10.0.0.1:80",))))
+    pool = build_pool(inputs, with_weights=False, servers=None, token=None)
+    assert reached == [(inputs, pool.loop)] and [member.engine for member in pool.members] == ["there"]
+    assert pool.options == {"router": None, "health": None, "can_republish": True}
