@@ -8,6 +8,7 @@ import pickle
 import random
 import struct
 import zlib
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -318,3 +319,16 @@ def test_a_fingerprint_is_the_checksum_of_the_first_and_the_last_projection_of_k
 
     assert of(names) == f"{zlib.crc32(struct.pack('<4f', 0.0, 0.5, 3.0, 0.5)):08x}"
     assert of(names[:1]) == f"{zlib.crc32(struct.pack('<2f', 0.0, 0.5)):08x}"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.Size([2]), torch.strided, OrderedDict(a=1), defaultdict(None, a=1), {1, 2}, frozenset({1, 2})],
+    ids=lambda value: type(value).__name__,
+)
+def test_metadata_may_hold_plain_classes(tmp_path: Path, value: object) -> None:
+    dcp.save({"norm": torch.ones(3)}, checkpoint_id=tmp_path)
+    found = pickle.loads((tmp_path / ".metadata").read_bytes())
+    found.planner_data = {"norm": value}
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(found, protocol=3))
+    assert DcpFolder(tmp_path).read("norm").tolist() == [1.0] * 3

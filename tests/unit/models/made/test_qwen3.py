@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwench.errors import ConfigError
-from qwench.models.made.qwen3 import find_size, make_checkpoint, random_weights
+from qwench.models.made.qwen3 import ModelSize, find_size, make_checkpoint, random_weights
 from qwench.models.made.tokenizers import build_small_tokenizer
 
 TOKENIZER = build_small_tokenizer()
@@ -97,3 +97,21 @@ def test_sizes_are_those_that_qwen_published(name, hidden, ffn, layers, heads, k
     assert (size.tied, size.rope_theta, size.max_position_embeddings, size.vocab_size, size.head_dim) == (
         tied, rope_theta, positions, 151_936, 128,
     )  # fmt: skip
+
+
+def test_the_configuration_has_the_shape():
+    shape = {"hidden_size": 8, "intermediate_size": 12, "head_dim": 4, "max_position_embeddings": 64}
+    size = ModelSize(num_layers=3, num_heads=6, num_kv_heads=2, tied=False, rope_theta=5e4, **shape)
+    config = size.to_config(vocab_size=99).to_dict()
+    expected = {
+        **shape,
+        "vocab_size": 99,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
+        "rms_norm_eps": 1e-6,
+        "architectures": ["Qwen3ForCausalLM"],
+    }
+    assert {name: config[name] for name in expected} == expected
