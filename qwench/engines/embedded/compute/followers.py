@@ -6,7 +6,8 @@
 
 Rank 0 alone knows requests, plans steps and draws with limits. A rank whose pipe closes ends. A rank that fails sends the
 reason and ends: then rank 0 leaves the group, its collectives raise, and the engine fails. The engine also fails when an
-answer takes too long, and when rank 0 fails in a step: the other ranks would wait in its collectives.
+answer takes too long, when a signal stopped a rank for long, and when rank 0 fails in a step: the other ranks would wait in
+its collectives.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +46,9 @@ _logger = logging.getLogger(__name__)
 END_TIMEOUT_S = 10.0
 CLOSING_GRACE_S = 1.0
 LOST_S = 10.0
+LOOK_S = 1.0
+STOPPED_S = 30.0
+"""How long a rank may be stopped by a signal. A step of the others would wait for it as long as for a first use of NCCL."""
 _context = multiprocessing.get_context("forkserver")
 
 
@@ -226,8 +231,10 @@ class Followers:
                 process.join()
 
     def _watch(self) -> None:
-        """Leave the group when a rank ends, or a collective would wait for it."""
-        connection.wait([process.sentinel for process in self._processes])
+        """Leave the group when a rank ends, or a collective would wait for it; end one that is stopped."""
+        since = dict[int, float]()
+        while not connection.wait([process.sentinel for process in self._processes], timeout=LOOK_S):
+            self._end_stopped(since)
         # A signal to the process group ends ranks while the engine is being closed.
         if not self._closing.wait(CLOSING_GRACE_S):
             codes = {rank: process.exitcode for rank, process in enumerate(self._processes, start=1)}
@@ -240,6 +247,16 @@ class Followers:
             _logger.error("%s", self._ended)
             self._left_at = time.monotonic()
             self.group.abort()
+
+    def _end_stopped(self, since: dict[int, float]) -> None:
+        """Kill a rank that is stopped for too long; `since` keeps when each was first seen so."""
+        for rank, process in enumerate(self._processes, start=1):
+            if not _is_stopped(process.pid):
+                since.pop(rank, None)
+            elif time.monotonic() - since.setdefault(rank, time.monotonic()) > STOPPED_S and not self._closing.is_set():
+                self._ended = f"rank {rank} of the engine was stopped by a signal for more than {STOPPED_S:g} s."
+                self._has_ended.set()
+                process.kill()
 
 
 class LeadingRunner(Runner):
@@ -349,6 +366,13 @@ def divide(model: Architecture, settings: EmbeddedSettings) -> tuple[WeightStore
     followers = Followers(model, settings)
     weights = LeadingWeights(settings, followers, model)
     return weights, LeadingRunner(settings, weights, followers, model), followers
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Tell whether a signal (SIGSTOP, SIGTSTP) stopped a process; False where the system does not say."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 def _check(model: Architecture, settings: EmbeddedSettings) -> None:

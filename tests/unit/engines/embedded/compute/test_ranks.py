@@ -203,6 +203,23 @@ def test_a_rank_that_does_not_answer_fails_the_engine(monkeypatch):
     asyncio.run(scenario())
 
 
+def test_a_rank_that_is_stopped_in_a_step_is_named_and_ends_the_engine(monkeypatch):
+    monkeypatch.setattr(followers, "LOOK_S", 0.05)
+    monkeypatch.setattr(followers, "STOPPED_S", 0.2)
+
+    async def scenario():
+        engine = make_engine(make_model("qwen3"), num_devices=2)
+        (process,) = engine._followers._processes
+        await engine.generate(ask("before", [5]))
+        os.kill(process.pid, signal.SIGSTOP)
+        with pytest.raises(EngineError, match=r"rank 1 of the engine was stopped by a signal for more than 0\.2 s"):
+            await engine.generate(ask("after", [5]))
+        process.join()
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
 def test_two_threads_get_their_own_answers():
     engine = make_engine(make_model("qwen3"), num_devices=2)
     bucket = [("model.norm.weight", torch.ones(32))]
