@@ -13,7 +13,7 @@ import torch
 from qwench.engines.kinds.sglang_receiver import SglangReceiver
 from qwench.engines.protocol import Portion
 from qwench.errors import WeightSyncError
-from qwench.wire.addresses import EngineAddress, Placement
+from qwench.wire.addresses import EngineAddress
 from qwench.wire.flat_bucket import entries_of, flatten_into, size_bytes
 from qwench.wire.shared_buffer import SharedBuffer
 from tests.checksums import sglang_hash
@@ -25,10 +25,9 @@ BUCKET = [("model.norm.weight", NORM), ("model.layers.0.mlp.down_proj.weight", D
 class Server:
     """Answers every request with the same, and keeps what it was sent."""
 
-    def __init__(self, answer: object, *, version: int, placement: Placement | None) -> None:
+    def __init__(self, answer: object, *, version: int, settings: dict) -> None:
         self.requests: list[tuple[str, dict, float]] = []
-        self.address = EngineAddress(base_url="http://s:1", token=None, kind="sglang", placement=placement)
-        self._answer, self._version = answer, version
+        self._answer, self._version, self._settings = answer, version, settings
 
     def __repr__(self) -> str:
         return "engine s"
@@ -38,35 +37,39 @@ class Server:
         return self._answer
 
     async def server_info(self) -> dict:
-        return {"tp_size": "2"}
+        return self._settings
 
     async def weight_version(self) -> int:
         return self._version
 
 
-def opened(answer: object = None, *, version: int = 7) -> tuple[SglangReceiver, Server]:
-    server = Server(answer, version=version, placement=Placement(host="s", devices=("g0", "g1")))
-    receiver = SglangReceiver(server.address, timeout_s=50.0)
+def opened(answer: object = None, *, version: int = 7, ranks: int = 2, **settings: bool) -> tuple[SglangReceiver, Server]:
+    server = Server(answer, version=version, settings={"tp_size": str(ranks), **settings})
+    address = EngineAddress(base_url="http://s:1", token=None, kind="sglang", placement=None)
+    receiver = SglangReceiver(address, timeout_s=50.0)
     receiver.engine = server
     asyncio.run(receiver.open())
     return receiver, server
 
 
-def test_the_number_of_ranks_is_what_the_server_says():
-    receiver, _ = opened()
-    assert (receiver.num_ranks, receiver.ledger_kind) == (2, "sglang, 2 tensor-parallel ranks")
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_number_of_ranks_is_what_the_server_says(ranks):
+    receiver, _ = opened(ranks=ranks)
+    assert (receiver.num_ranks, receiver.ledger_kind) == (ranks, f"sglang, {ranks} tensor-parallel ranks")
     ledger = receiver.make_ledger()
     ledger.note(BUCKET[:1])
-    assert len(ledger.hashes) == 2
+    assert len(ledger.hashes) == ranks
 
 
+@pytest.mark.parametrize("caches", [{}, {"disable_radix_cache": False}, {"disable_radix_cache": True}])
 @pytest.mark.parametrize("final", [False, True])
-def test_only_the_last_bucket_names_the_version_and_drops_cached_prefixes(final):
-    receiver, server = opened()
+def test_only_the_last_bucket_names_the_version_and_drops_prefixes_where_they_are_cached(final, caches):
+    receiver, server = opened(**caches)
     portion = Portion(version=7, index=3, final=final)
     asyncio.run(receiver.take_shared(["a", "b"], portion))
     asyncio.run(receiver.take_broadcast("weights", entries_of(BUCKET), portion))
-    last = {"weight_version": "7", "flush_cache": True} if final else {"flush_cache": False}
+    last = {"flush_cache": final and not caches.get("disable_radix_cache", False)}
+    last |= {"weight_version": "7"} if final else {}
     described = {
         "names": [name for name, _ in BUCKET],
         "dtypes": ["bfloat16"] * 2,
@@ -81,10 +84,11 @@ def test_only_the_last_bucket_names_the_version_and_drops_cached_prefixes(final)
     ]
 
 
-def test_a_folder_is_loaded_by_its_path_and_version():
-    receiver, server = opened()
+@pytest.mark.parametrize("caches", [True, False])
+def test_a_folder_is_loaded_by_its_path_and_version(caches):
+    receiver, server = opened(disable_radix_cache=not caches)
     asyncio.run(receiver.take_folder(Path("/weights"), version=7))
-    body = {"model_path": "/weights", "weight_version": "7", "flush_cache": True}
+    body = {"model_path": "/weights", "weight_version": "7", "flush_cache": caches}
     assert server.requests == [("/update_weights_from_disk", body, 50.0)]
 
 
