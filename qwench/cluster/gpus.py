@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qwench.engines.fleet.pool import EnginePool
-from qwench.engines.protocol import MemoryTag
+from qwench.engines.protocol import AddressedEngine, MemoryTag
 from qwench.errors import EngineError
 from qwench.observability.timing import PhaseTimer
 from qwench.weights.publisher import PublishedModel
@@ -44,7 +44,8 @@ class ColocatedGpus:
     """Learner and engines take turns on the same device.
 
     The engines' KV cache, much the largest part, goes while the learner works (`offload_rollout`); the learner's masters and
-    optimizer state go while the engines work (`offload_train`).
+    optimizer state go while the engines work (`offload_train`). Torch caches what is free. An engine of this process takes what
+    it lacks from that cache; engines of other processes cannot, so the learner gives all of it back for them.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class ColocatedGpus:
         with self._timer.phase("offload"):
             if self._offload_train:
                 model.sleep()
-            else:
+            if any(isinstance(engine, AddressedEngine) for engine in self._engines.engines):
                 model.release_cache()
             if self._engine_tags:
                 self._engines.wake(self._engine_tags)

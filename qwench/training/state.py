@@ -92,12 +92,12 @@ class TrainingState:
         return probe.run(self.policy, self.critic)
 
     def release_cache(self) -> None:
-        """Free device memory that torch caches."""
+        """Give other processes the device memory that torch caches."""
         if self.policy.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def sleep(self) -> None:
-        """Move what the next forward does not need at once from the device to the host."""
+        """Move what the next forward does not need at once from the device to the host; torch caches its memory."""
         self.policy.sleep()
 
     def wake(self) -> None:

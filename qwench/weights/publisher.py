@@ -34,7 +34,7 @@ class PublishedModel(WeightSource, Protocol):
     """The trained model as the publisher needs it: its weights, and its memory on the devices."""
 
     def sleep(self) -> None:
-        """Give device memory back."""
+        """Free device memory."""
         ...
 
     def wake(self) -> None:
@@ -42,7 +42,7 @@ class PublishedModel(WeightSource, Protocol):
         ...
 
     def release_cache(self) -> None:
-        """Give back cached device memory that holds nothing."""
+        """Give other processes the device memory that torch caches."""
         ...
 
     def publish(self, addresses: Sequence[EngineAddress], version: int, plan: PublicationPlan) -> None:

@@ -231,7 +231,7 @@ class EmbeddedEngine:
             await self._worker.call(lambda: change(self.adapters, in_use))
 
     async def sleep(self, tags: Sequence[MemoryTag]) -> None:
-        """See `Engine.sleep`."""
+        """See `Engine.sleep`. Torch caches the memory for others of this process; see `release_cache`."""
         async with self._at_rest():
             self._drop_aborted()
             if self._requests:
@@ -245,6 +245,10 @@ class EmbeddedEngine:
             if MemoryTag.WEIGHTS in tags:
                 self._weights.drop()
                 self._runner.forget_bindings()
+
+    async def release_cache(self) -> None:
+        """Give other processes what torch caches of the devices."""
+        async with self._at_rest():
             self._runner.release_cached_memory()
 
     async def wake(self, tags: Sequence[MemoryTag]) -> None:
@@ -357,7 +361,6 @@ class EmbeddedEngine:
 
     def _ensure_scheduler(self) -> Scheduler:
         if self._scheduler is None:
-            self._runner.release_cached_memory()  # what the trainer freed counts as free only then
             num_pages = self._runner.choose_num_pages()
             self._runner.allocate_kv_cache(num_pages)
             pool = PagePool(num_pages, self._settings.sizes.embedded_page_size, prefix_cache=self._settings.prefix_cache)

@@ -277,7 +277,6 @@ class FsdpTrainer(BackendTrainer):
         weights = self._shards(lent=not self._are_lent)
         self._asleep = HostCopy([*self._optimizer.device_state(), *weights])
         self._asleep.release()
-        torch.cuda.empty_cache()
 
     def _shards(self, *, lent: bool = True) -> list[Tensor]:
         """Return the shards of all weights, or of those that no engine computes with."""

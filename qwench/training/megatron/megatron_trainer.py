@@ -299,7 +299,6 @@ class MegatronTrainer(BackendTrainer):
         self._asleep.release()
         for buffer in self._gradient_buffers():
             buffer.untyped_storage().resize_(0)
-        torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Undo `sleep`. An awake trainer stays as it is."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from qwench.cluster.gpus import ColocatedGpus
+from qwench.engines.client import HttpEngine
 from qwench.errors import EngineError
 from qwench.observability.timing import PhaseTimer
 
@@ -14,9 +15,10 @@ from qwench.observability.timing import PhaseTimer
 class Recorded:
     """An engine pool or a learner that says what it was told to do."""
 
-    def __init__(self, name: str, events: list[str]) -> None:
+    def __init__(self, name: str, events: list[str], engines: Sequence[object] = ()) -> None:
         self._name = name
         self._events = events
+        self.engines = engines
 
     def sleep(self, *tags: object) -> None:
         self._events.append(f"{self._name} sleep")
@@ -33,10 +35,11 @@ def events() -> list[str]:
     return []
 
 
-def colocated(events: list[str], **offload: bool) -> ColocatedGpus:
+def colocated(events: list[str], *, engines: Sequence[object] = (), **offload: bool) -> ColocatedGpus:
     """Return the owner of devices that a pool and a learner share."""
     both = {"offload_rollout": True, "offload_train": True} | offload
-    return ColocatedGpus(Recorded("engines", events), PhaseTimer(), weights_may_alias=True, **both)  # type: ignore[arg-type]
+    pool = Recorded("engines", events, engines)
+    return ColocatedGpus(pool, PhaseTimer(), weights_may_alias=True, **both)  # type: ignore[arg-type]
 
 
 def hold(gpus: ColocatedGpus, events: list[str], *, then: Callable[[], None] = lambda: None) -> None:
@@ -87,4 +90,15 @@ def test_what_is_not_offloaded_stays(events: list[str]) -> None:
     gpus = colocated(events, offload_rollout=False, offload_train=False)
     gpus.make_room()
     hold(gpus, events)
-    assert events == ["learner wake", "learn", "learner release"]
+    assert events == ["learner wake", "learn"]
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_the_learner_gives_its_cache_to_engines_of_other_processes_and_not_to_one_of_its_own(
+    events: list[str], sleeps: bool
+) -> None:
+    asleep = ["learner sleep"] * sleeps
+    for engine, released in ((object(), []), (HttpEngine("http://host:1"), ["learner release"])):
+        events.clear()
+        hold(colocated(events, engines=[engine], offload_train=sleeps), events)
+        assert events == ["engines sleep", "learner wake", "learn", *asleep, *released, "engines wake"]

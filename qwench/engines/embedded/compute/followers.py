@@ -283,7 +283,7 @@ class LeadingRunner(Runner):
 
     def release_cached_memory(self) -> None:
         """See `Runner.release_cached_memory`."""
-        self._followers.tell("runner", "release_cached_memory")
+        self._followers.ask("runner", "release_cached_memory")
         super().release_cached_memory()
 
     def forget_bindings(self) -> None:

@@ -16,6 +16,7 @@ from qwench.engines.embedded.compute.adapters import RowAdapters
 from qwench.engines.embedded.compute.batch import PackedStep, to_device
 from qwench.engines.embedded.compute.decode_work import IntArray
 from qwench.engines.embedded.compute.decoder import Decoder
+from qwench.engines.embedded.compute.device_memory import make_room
 from qwench.engines.embedded.compute.graphs import Bucket
 from qwench.engines.embedded.compute.kv_memory import KVCache, page_bytes
 from qwench.engines.embedded.compute.model import DecoderModel
@@ -120,6 +121,9 @@ class Runner:
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
         reserve = int((1 - sizes.embedded_mem_fraction) * total_bytes)
         asleep = self._kv_cache
+        if asleep is None or asleep.num_bytes > free_bytes - reserve // 2:
+            self.release_cached_memory()  # what the trainer freed counts as free only then
+            free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
         if asleep is not None and asleep.num_bytes <= free_bytes - reserve // 2:
             return asleep.num_pages  # the graphs, which were kept, may have taken half of the reserve
         pool_bytes = free_bytes - reserve
@@ -135,9 +139,11 @@ class Runner:
         """Take the KV memory: as many pages as before at their old place, so that the graphs stay valid."""
         if self._kv_cache is not None and self._kv_cache.num_pages == num_pages:
             if self._kv_cache.is_asleep:
+                make_room(self._kv_cache.num_bytes, self._device)
                 self._kv_cache.wake()
             return
         self._kv_cache = self._decoder = None
+        self.release_cached_memory()
         self._kv_cache = KVCache(
             self._architecture,
             num_pages=num_pages,
@@ -152,10 +158,9 @@ class Runner:
         self._row_adapters = RowAdapters(self._adapters, num_rows, self._device)
 
     def sleep(self) -> None:
-        """Give the KV memory back. Graphs stay, with the memory of their results."""
+        """Give the KV memory back. Graphs stay, with the memory of their results, and what torch caches."""
         if self._kv_cache is not None and not self._kv_cache.is_asleep:
             self._kv_cache.sleep()
-        self.release_cached_memory()
 
     def close(self) -> None:
         """Give all memory back, graphs included; a step in flight ends first."""

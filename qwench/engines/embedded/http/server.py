@@ -249,8 +249,9 @@ class EngineServer:
         return json_answer({"weight_version": str(await self._engine.weight_version())})
 
     async def release_memory_occupation(self, body: MemoryBody | None = None) -> Response:
-        """Give memory back."""
+        """Give memory back, to the trainer's processes."""
         await self._engine.sleep(_tags(body))
+        await self._engine.release_cache()
         return Response()
 
     async def resume_memory_occupation(self, body: MemoryBody | None = None) -> Response:

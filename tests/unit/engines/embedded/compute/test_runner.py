@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qwench.config.sections.engine import EngineConfig
-from qwench.engines.embedded.compute import runner
+from qwench.engines.embedded.compute import device_memory, runner
 from qwench.engines.embedded.compute.runner import Runner
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.errors import EngineError
@@ -16,12 +17,20 @@ from qwench.errors import EngineError
 GIB = 2**30
 
 
-def pages(device: str = "cpu", *, max_positions: int = 1000, asleep: object = None, **sizes: object) -> int:
+def pages(
+    device: str = "cpu", *, max_positions: int = 1000, asleep: object = None, release: Callable[[], None] = int, **sizes: object
+) -> int:
     """Return what a runner chooses for pages of 16 tokens and 4 requests at once."""
     engine = EngineConfig(embedded_page_size=16, embedded_max_running_requests=4, **sizes)
     settings = EmbeddedSettings(sizes=engine, device=device, dtype=torch.bfloat16)
     model = SimpleNamespace(max_positions=max_positions)
-    made = SimpleNamespace(_settings=settings, _architecture=model, _device=torch.device(device), _kv_cache=asleep)
+    made = SimpleNamespace(
+        _settings=settings,
+        _architecture=model,
+        _device=torch.device(device),
+        _kv_cache=asleep,
+        release_cached_memory=release,
+    )
     return Runner.choose_num_pages(made)
 
 
@@ -54,3 +63,51 @@ def test_a_cache_that_slept_gets_its_pages_back_where_half_of_the_reserve_is_lef
     asleep = SimpleNamespace(num_bytes=num_bytes, num_pages=77)
     found = pages("cuda:0", max_positions=10**6, asleep=asleep, embedded_mem_fraction=0.75)
     assert found == (77 if kept else 1 + 2560)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("num_bytes", "kept", "released"), [(15 * GIB // 4, True, 0), (15 * GIB // 4 + 1, True, 1), (None, False, 1)]
+)
+def test_what_torch_caches_is_given_back_only_where_the_pages_do_not_fit_beside_it(monkeypatch, num_bytes, kept, released):
+    releases = list[int]()
+
+    def release() -> None:
+        releases.append(1)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * GIB, 10 * GIB))
+
+    asleep = None if num_bytes is None else SimpleNamespace(num_bytes=num_bytes, num_pages=77)
+    found = pages("cuda:0", max_positions=10**6, asleep=asleep, release=release, embedded_mem_fraction=0.75)
+    assert found == (77 if kept else 1 + (8 * 1024 - 2560))
+    assert len(releases) == released
+
+
+@pytest.mark.parametrize(
+    ("device", "num_bytes", "emptied"), [("cuda", 4, False), ("cuda", 4 + 2**-30, True), ("cpu", 9, False)]
+)
+def test_the_cache_is_emptied_where_memory_and_a_reserve_of_a_gib_are_not_free(monkeypatch, device, num_bytes, emptied):
+    calls = list[str]()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 10 * GIB))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    device_memory.make_room(int(num_bytes * GIB), torch.device(device))
+    assert calls == ["empty"] * emptied
+
+
+@pytest.mark.parametrize(("num_pages", "expected"), [(5, ["room for 70", "wake"]), (6, ["release", "new of 6"])])
+def test_room_is_made_before_the_kv_cache_is_taken(monkeypatch, num_pages, expected):
+    events = list[str]()
+    asleep = SimpleNamespace(num_pages=5, num_bytes=70, is_asleep=True, wake=lambda: events.append("wake"))
+    monkeypatch.setattr(runner, "make_room", lambda num_bytes, device: events.append(f"room for {num_bytes}"))
+    monkeypatch.setattr(runner, "KVCache", lambda model, num_pages, **_: events.append(f"new of {num_pages}"))
+    settings = EmbeddedSettings(sizes=EngineConfig(embedded_page_size=16, embedded_max_running_requests=4))
+    made = SimpleNamespace(
+        _settings=settings,
+        _architecture=SimpleNamespace(max_positions=1000),
+        _device=torch.device("cpu"),
+        _kv_cache=asleep,
+        _adapters=None,
+        release_cached_memory=lambda: events.append("release"),
+    )
+    monkeypatch.setattr(runner, "RowAdapters", lambda *_: None)
+    Runner.allocate_kv_cache(made, num_pages)
+    assert events == expected

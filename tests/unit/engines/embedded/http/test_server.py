@@ -95,8 +95,8 @@ PAUSED = {"status": "ok", "message": "generation is paused"}
         ("/abort_request", {"rid": "a"}, [("abort", "a", ("begins", True))], ""),
         ("/abort_request", {"rid": "a", "abort_all": True}, [("abort", None, ("begins", True))], ""),
         ("/flush_cache", None, [("flush_cache",)], "Cache flushed.\n"),
-        ("/release_memory_occupation", {"tags": ["weights"]}, [("sleep", ["weights"])], ""),
-        ("/release_memory_occupation", {}, [("sleep", ["weights", "kv_cache"])], ""),
+        ("/release_memory_occupation", {"tags": ["weights"]}, [("sleep", ["weights"]), ("release_cache",)], ""),
+        ("/release_memory_occupation", {}, [("sleep", ["weights", "kv_cache"]), ("release_cache",)], ""),
         ("/resume_memory_occupation", None, [("wake", ["weights", "kv_cache"])], ""),
         (
             "/update_weight_version",
