@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Pipe
 from pathlib import Path
 
 import pytest
 import torch
 
-from qwench.cluster.child import end_own_group
+from qwench.cluster.child import end_own_group, parent_connection
 from qwench.cluster.local import LocalRanks
 from qwench.cluster.messages import RankTraceback
 from qwench.cluster.workers import RemoteLearner, WorkerGroup
@@ -183,6 +184,14 @@ def test_a_rank_imports_nothing_from_the_working_folder_and_ends_the_run_when_it
     finally:
         launched.group.close()
     assert_gone(launched.pids)
+
+
+def test_the_pipe_of_a_rank_is_inherited_by_none_of_its_processes():
+    ours, theirs = Pipe()
+    descriptor = os.dup(theirs.fileno())
+    os.set_inheritable(descriptor, True)
+    with ours, theirs, parent_connection(str(descriptor)) as connection:
+        assert (connection.fileno(), os.get_inheritable(descriptor)) == (descriptor, False)
 
 
 def test_a_process_that_leads_no_group_ends_alone(monkeypatch):

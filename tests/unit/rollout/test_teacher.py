@@ -211,6 +211,17 @@ def test_a_teacher_with_another_tokenizer_is_refused():
         probe(ours, of_server=other)
 
 
+def test_every_teacher_is_checked_also_behind_one_that_does_not_tell(monkeypatch):
+    def tokens_of(url: str, text: str) -> list[int]:
+        if "silent" in url:
+            raise OSError("silent")
+        return [1]
+
+    monkeypatch.setattr(module, "_tokens_of", tokens_of)
+    with pytest.raises(ConfigError, match=r"the teacher b .* has another tokenizer"):
+        Teachers(section(), {"a": "http://silent", "b": "http://b"}).check_tokens(build_small_tokenizer())
+
+
 def test_a_teacher_that_does_not_tell_its_tokens_is_named(caplog):
     probe(build_small_tokenizer(), of_server=None)
     assert "does not tell how it reads a text (HTTP Error 400" in caplog.text and "is not checked" in caplog.text
