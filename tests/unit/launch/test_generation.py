@@ -284,6 +284,7 @@ def test_a_stream_is_made_by_the_flags(monkeypatch):
     assert buffer.given == ("source",)
     assert buffer.options == {
         "max_staleness": generation.inputs.plan.max_staleness,
+        "max_age": None,
         "buffer_filter": generation.functions.rollout.buffer_filter,
         "mask_off_policy": True,
     }
@@ -375,6 +376,7 @@ def test_a_continuous_stream_is_made_by_the_flags(granularity, in_flight, monkey
     assert (engines, sections) == (generation.engines, [section, config.logging])
     assert runner.options["concurrency"] == 9
     assert (selection.given, buffer.given) == ((generation.functions.rollout, None), ("source",))
+    assert buffer.options == {"max_age": config.max_age}
     assert bound.options == {"groups_per_rollout": 2, "max_staleness": generation.inputs.plan.max_staleness, "num_rollouts": 3}
     assert stream.options == {
         "console": generation.inputs.console,
