@@ -14,6 +14,7 @@ Source: Megatron-LM (arXiv 1909.08053).
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -63,6 +64,7 @@ class RankGroup:
         self._device = device
         timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
         self._group = make_group(backend_for(device), dist.PrefixStore("ranks/", store), shard.rank, shard.size, timeout)
+        self._leaving, self._has_left = threading.Lock(), False
         self.peers: PeerSums | None = None
         """Sums of few rows without NCCL. None: the GPUs do not reach each other's memory, or there are none."""
 
@@ -108,7 +110,14 @@ class RankGroup:
         self._group.broadcast(tensor, 0).wait()
 
     def abort(self) -> None:
-        """Make collectives that wait for a rank raise, and leave."""
-        if self.peers is not None:
-            self.peers.give_up()
-        self._group.abort()
+        """Make collectives that wait for a rank raise, and leave; any thread may call it, and only the first call does so.
+
+        Two threads do where a rank has just ended while the engine is closed, and PyTorch's groups take no lock.
+        """
+        with self._leaving:
+            if self._has_left:
+                return
+            self._has_left = True
+            if self.peers is not None:
+                self.peers.give_up()
+            self._group.abort()

@@ -8,14 +8,16 @@ import os
 import re
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from qwench.engines.embedded.compute import followers
 from qwench.engines.embedded.compute.followers import Followers
-from qwench.engines.embedded.compute.ranks import Shard
+from qwench.engines.embedded.compute.ranks import RankGroup, Shard
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.protocol import FinishReason, MemoryTag
 from qwench.errors import ConfigError, EngineError, WeightSyncError
@@ -218,6 +220,22 @@ def test_a_rank_that_is_stopped_in_a_step_is_named_and_ends_the_engine(monkeypat
         await engine.close()
 
     asyncio.run(scenario())
+
+
+def test_two_threads_that_leave_the_group_leave_it_once():
+    class Group:
+        num_aborts = 0
+
+        def abort(self):
+            time.sleep(0.05)  # the other thread comes
+            self.num_aborts += 1
+
+    group = RankGroup(HashStore(), shard=Shard(), device=torch.device("cpu"))
+    group._group = left = Group()
+    with ThreadPoolExecutor(2) as threads:
+        for ended in [threads.submit(group.abort) for _ in range(2)]:
+            ended.result()
+    assert left.num_aborts == 1
 
 
 def test_two_threads_get_their_own_answers():
