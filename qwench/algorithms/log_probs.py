@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from qwench.algorithms import head_elementwise
 from qwench.algorithms.support import Support
+from qwench.models.decoder.products import linear
 
 
 def token_log_probs(
@@ -58,7 +59,7 @@ def head_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
     """
     if _accumulates(hidden):
         return torch.mm(hidden, head_weight.T, out_dtype=torch.float32)
-    return (hidden @ head_weight.T).float()
+    return linear(hidden, head_weight).float()
 
 
 def add_product(total: Tensor, grad_TN: Tensor, x_TK: Tensor) -> None:

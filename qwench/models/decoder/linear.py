@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn import functional
 
-from qwench.models.decoder.invariant import linear
+from qwench.models.decoder import invariant as tiled
+from qwench.models.decoder.products import linear
 from qwench.models.fp8 import BLOCK, dequantize, scale_name
 
 
@@ -29,7 +29,7 @@ class Matrix:
             invariant: a row has the same bits in every batch; of plain matrices alone.
         """
         if self.scale is None:
-            return (linear if invariant else functional.linear)(x, self.weight, self.bias)
+            return (tiled.linear if invariant else linear)(x, self.weight, self.bias)
         y = fp8_linear(x, self.weight, self.scale)
         return y if self.bias is None else y + self.bias
 
@@ -75,7 +75,7 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         from qwench.models.decoder import linear_triton  # noqa: PLC0415  # Triton exists only where CUDA (or ROCm) does
 
         return linear_triton.fp8_linear(x, weight, scale)
-    return functional.linear(x, dequantize(weight, scale, x.dtype))
+    return linear(x, dequantize(weight, scale, x.dtype))
 
 
 def _fuse(matrices: Sequence[Matrix]) -> Matrix | None:

@@ -134,7 +134,8 @@ def draw_limited(logits_SV: Tensor, draws: Draws, which: np.ndarray, last_tokens
     if len(which) == 0:
         return
     index, rows = (torch.from_numpy(array).to(logits_SV.device) for array in (which, draws.rows[which].astype(np.int64)))
-    tokens, log_probs, support = sample(logits_SV[index], draws.params.select(which))
+    logits_of_some = logits_SV if len(which) == len(draws.rows) else logits_SV[index]
+    tokens, log_probs, support = sample(logits_of_some, draws.params.select(which))
     last_tokens[rows] = tokens.int()
     drawn[0, index], drawn[1, index] = tokens.int(), log_probs.view(torch.int32)
     draws.support.update({int(which[row]): ids for row, ids in support.items()})
@@ -182,7 +183,7 @@ def sample(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor, dict[
     if greedy.all():
         tokens = allowed.argmax(dim=-1)
     else:
-        probs = _kept_probs(allowed, normaliser_S1, rows)
+        probs = _kept_probs(allowed, rows)
         tokens = inverse_cdf(probs, torch.from_numpy(rows.uniforms).to(device))
         if greedy.any():
             tokens = torch.where(torch.from_numpy(greedy).to(device), allowed.argmax(dim=-1), tokens)
@@ -221,10 +222,10 @@ def truncate(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tens
     return torch.zeros_like(probs).scatter_(-1, order, ordered * kept)
 
 
-def _kept_probs(allowed: Tensor, normaliser_S1: Tensor, rows: SamplingRows) -> Tensor:
+def _kept_probs(allowed: Tensor, rows: SamplingRows) -> Tensor:
     """Return weights of the draw: probabilities, 0 where a token must not be drawn or is cut off."""
     device = allowed.device
-    probs = (allowed - normaliser_S1).exp()
+    probs = allowed.softmax(dim=-1)
     cut = _is_cut(rows)
     if cut.any():
         index = torch.from_numpy(cut.nonzero()[0]).to(device)
@@ -239,7 +240,8 @@ def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     Entries of weight 0 are never returned.
     """
     padding = -weights.shape[-1] % CDF_BLOCK
-    blocks = functional.pad(weights, (0, padding)).unflatten(-1, (-1, CDF_BLOCK))
+    whole = functional.pad(weights, (0, padding)) if padding else weights
+    blocks = whole.unflatten(-1, (-1, CDF_BLOCK))
     block, rest = _locate(blocks.sum(dim=-1).double(), uniforms)
     chosen = blocks.gather(1, block[:, None, None].expand(-1, 1, CDF_BLOCK)).squeeze(1).double()
     inside, _ = _locate(chosen, rest)

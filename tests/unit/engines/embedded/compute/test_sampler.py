@@ -117,7 +117,7 @@ def test_kept_tokens_are_returned_with_log_probs_over_them():
     columns = {
         "top_k": np.array([2, -1, -1, 2]),
         "top_p": np.array([1.0, 0.75, 1.0, 1.0], dtype=np.float32),
-        "uniforms": np.array([0.99, 0.0, 0.5, 0.99]),
+        "uniforms": np.array([0.99, 0.0, 0.6, 0.99]),
         "keeps_support": np.array([True, True, True, False]),
     }
     tokens, log_probs, support = sample(logits, rows_of(4, **columns))
