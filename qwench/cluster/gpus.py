@@ -44,8 +44,8 @@ class ColocatedGpus:
     """Learner and engines take turns on the same device.
 
     The engines' KV cache, much the largest part, goes while the learner works (`offload_rollout`); the learner's masters and
-    optimizer state go while the engines work (`offload_train`). Torch caches what is free. An engine of this process takes what
-    it lacks from that cache; engines of other processes cannot, so the learner gives all of it back for them.
+    optimizer state go while the engines work (`offload_train`). Torch caches what the learner frees. An engine of this process
+    that wakes takes what it lacks from that cache. For all others the learner gives it back.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class ColocatedGpus:
         with self._timer.phase("offload"):
             if self._offload_train:
                 model.sleep()
-            if any(isinstance(engine, AddressedEngine) for engine in self._engines.engines):
+            if not self._engine_tags or any(isinstance(engine, AddressedEngine) for engine in self._engines.engines):
                 model.release_cache()
             if self._engine_tags:
                 self._engines.wake(self._engine_tags)

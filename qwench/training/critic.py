@@ -36,15 +36,15 @@ class Critic:
     def __init__(self, trainer: Trainer, policy: Trainer) -> None:
         """Put the critic to sleep until its first turn."""
         self._trainer, self._policy = trainer, policy
-        trainer.sleep()
+        _send_to_sleep(trainer)
 
     @contextmanager
     def turn(self) -> Iterator[Trainer]:
         """Give the critic the device until the end of the block."""
-        self._policy.sleep()
+        _send_to_sleep(self._policy)
         self._trainer.wake()
         yield self._trainer
-        self._trainer.sleep()
+        _send_to_sleep(self._trainer)
         self._policy.wake()
 
     def save(self, folder: Path, *, with_optimizer: bool) -> None:
@@ -56,6 +56,13 @@ class Critic:
         """Read the critic of the checkpoint in `folder`, if there is one."""
         with self.turn() as trainer:
             load_critic(trainer, folder, weights_only=weights_only)
+
+
+def _send_to_sleep(trainer: Trainer) -> None:
+    """Give its memory back to the device: as blocks of torch's cache it has other sizes than what the other model takes."""
+    trainer.sleep()
+    if trainer.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def save_critic(critic: Trainer, folder: Path, *, with_optimizer: bool) -> None:

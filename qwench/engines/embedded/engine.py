@@ -231,7 +231,7 @@ class EmbeddedEngine:
             await self._worker.call(lambda: change(self.adapters, in_use))
 
     async def sleep(self, tags: Sequence[MemoryTag]) -> None:
-        """See `Engine.sleep`. Torch caches the memory for others of this process; see `release_cache`."""
+        """See `Engine.sleep`. Torch may cache the memory of weights; see `release_cache`."""
         async with self._at_rest():
             self._drop_aborted()
             if self._requests:

@@ -90,11 +90,11 @@ def test_what_is_not_offloaded_stays(events: list[str]) -> None:
     gpus = colocated(events, offload_rollout=False, offload_train=False)
     gpus.make_room()
     hold(gpus, events)
-    assert events == ["learner wake", "learn"]
+    assert events == ["learner wake", "learn", "learner release"]
 
 
 @pytest.mark.parametrize("sleeps", [True, False])
-def test_the_learner_gives_its_cache_to_engines_of_other_processes_and_not_to_one_of_its_own(
+def test_the_learner_gives_its_cache_to_engines_of_other_processes_and_not_to_one_of_its_own_that_wakes(
     events: list[str], sleeps: bool
 ) -> None:
     asleep = ["learner sleep"] * sleeps

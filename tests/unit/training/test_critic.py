@@ -17,8 +17,8 @@ from tests.unit.config.architectures import QWEN3_4B
 class Recorder:
     """A trainer that notes what it is told, in a list that both trainers share."""
 
-    def __init__(self, name: str, events: list[object]) -> None:
-        self._name, self._events = name, events
+    def __init__(self, name: str, events: list[object], device: str = "cpu") -> None:
+        self._name, self._events, self.device = name, events, torch.device(device)
 
     def sleep(self) -> None:
         self._events.append(f"{self._name} sleeps")
@@ -55,6 +55,17 @@ def test_only_one_of_policy_and_critic_is_awake(critic: Critic, events: list[obj
         assert isinstance(trainer, Recorder)
         events.append("turn")
     assert events == [*BEFORE, "turn", *AFTER]
+
+
+def test_a_gpu_has_the_memory_of_the_one_that_sleeps_before_the_other_wakes(
+    events: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("empty"))
+    trainers = [cast(Trainer, Recorder(name, events, "cuda")) for name in ("critic", "policy")]
+    with Critic(*trainers).turn():
+        events.append("turn")
+    before = ["critic sleeps", "empty", "policy sleeps", "empty", "critic wakes"]
+    assert events == [*before, "turn", "critic sleeps", "empty", "policy wakes"]
 
 
 @pytest.mark.parametrize("with_optimizer", [True, False])

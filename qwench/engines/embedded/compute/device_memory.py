@@ -1,14 +1,11 @@
-"""When memory that torch caches goes back to the device: where the engine takes memory past torch's allocator, and it lacks.
-
-A trainer of the same process uses what the engine left in the cache, and the reverse. The KV cache and captured graphs do not.
-"""
+"""When memory that torch caches goes back to the device: where the engine takes memory past torch's allocator, and it lacks."""
 
 from __future__ import annotations
 
 import torch
 
-RESERVE_BYTES = 1 << 30
-"""Stay free, for libraries and kernels."""
+RESERVE_BYTES = 2 << 30
+"""Stay free, for libraries and kernels: they cannot take what torch caches."""
 
 
 def lacks(num_bytes: int, *, free: int) -> bool:

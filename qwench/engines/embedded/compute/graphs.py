@@ -18,14 +18,11 @@ from torch import Tensor
 
 from qwench.engines.embedded.compute.batch import BatchBuilder, Chunks
 from qwench.engines.embedded.compute.decode_work import HEADER_SIZE, DecodeWork, IntArray, WorkSize
-from qwench.engines.embedded.compute.device_memory import make_room
 from qwench.engines.embedded.compute.sampler import NO_DRAWS, DrawInputs, Draws
 
 SMALL_BUCKETS = (1, 2, 4, 8)
 BUCKET_STEPS = ((256, 16), (1 << 30, 64))
 """(up to this many rows, buckets are multiples of this): few rows are padded, and large batches need few graphs."""
-RECORDING_BYTES = 2 << 30
-"""More than the results of one step need: 1,024 rows of float32 logits are 0.6 GB."""
 WARMUP_PASSES = 2
 """Eager passes before a capture, so that kernels are compiled and libraries have their workspaces."""
 
@@ -80,7 +77,7 @@ class Recorder:
         """
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
-        make_room(RECORDING_BYTES, self._device)  # a recording takes memory, and can free none
+        torch.cuda.empty_cache()  # while one records, no thread's allocation frees what torch caches
         with torch.cuda.stream(self._stream):
             # Thread-local: the trainer of the same process may allocate in its own thread at the same time.
             graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")

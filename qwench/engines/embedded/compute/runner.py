@@ -158,9 +158,13 @@ class Runner:
         self._row_adapters = RowAdapters(self._adapters, num_rows, self._device)
 
     def sleep(self) -> None:
-        """Give the KV memory back. Graphs stay, with the memory of their results, and what torch caches."""
+        """Give the KV memory back, and what torch caches: a trainer that wakes would break that into pieces.
+
+        Graphs stay, with the memory of their results.
+        """
         if self._kv_cache is not None and not self._kv_cache.is_asleep:
             self._kv_cache.sleep()
+        self.release_cached_memory()
 
     def close(self) -> None:
         """Give all memory back, graphs included; a step in flight ends first."""

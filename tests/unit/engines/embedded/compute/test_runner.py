@@ -83,9 +83,9 @@ def test_what_torch_caches_is_given_back_only_where_the_pages_do_not_fit_beside_
 
 
 @pytest.mark.parametrize(
-    ("device", "num_bytes", "emptied"), [("cuda", 4, False), ("cuda", 4 + 2**-30, True), ("cpu", 9, False)]
+    ("device", "num_bytes", "emptied"), [("cuda", 3, False), ("cuda", 3 + 2**-30, True), ("cpu", 9, False)]
 )
-def test_the_cache_is_emptied_where_memory_and_a_reserve_of_a_gib_are_not_free(monkeypatch, device, num_bytes, emptied):
+def test_the_cache_is_emptied_where_memory_and_a_reserve_of_2_gib_are_not_free(monkeypatch, device, num_bytes, emptied):
     calls = list[str]()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 10 * GIB))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
@@ -111,3 +111,11 @@ def test_room_is_made_before_the_kv_cache_is_taken(monkeypatch, num_pages, expec
     monkeypatch.setattr(runner, "RowAdapters", lambda *_: None)
     Runner.allocate_kv_cache(made, num_pages)
     assert events == expected
+
+
+@pytest.mark.parametrize("is_asleep", [True, False])
+def test_a_runner_that_sleeps_gives_back_what_torch_caches_after_the_kv_cache(is_asleep):
+    events = list[str]()
+    kept = SimpleNamespace(is_asleep=is_asleep, sleep=lambda: events.append("sleep"))
+    Runner.sleep(SimpleNamespace(_kv_cache=kept, release_cached_memory=lambda: events.append("release")))
+    assert events == [*["sleep"] * (not is_asleep), "release"]
