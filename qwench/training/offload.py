@@ -16,6 +16,9 @@ from torch import Tensor
 
 from qwench.training.memory_budget import free_bytes
 
+SCORING_BYTES = 8 << 30
+"""Stay free for a model that scores, whatever its size."""
+
 
 class HostCopy:
     """The contents of `tensors` at construction."""
@@ -43,16 +46,16 @@ class HostCopy:
         """Hold the copies in the tensors inside the context; what was there is there again after it.
 
         It waits on the device where that has room, so that only the copies cross the bus, and once; on the host elsewhere.
+        All work of the device has ended when the context is left.
 
         Args:
             for_writing: what the context writes into the tensors is in the copies afterwards; these have the tensors' dtype.
         """
         alike = all(copy.dtype == tensor.dtype for tensor, copy in zip(self._tensors, self._copies, strict=True))
         assert alike or not for_writing, "what is written would be rounded"
-        if not for_writing and self._fits_twice():
-            held = [tensor.clone() for tensor in self._tensors]
+        if not for_writing and (held := self._held_on_device()) is not None:
             self.load()
-            give_back: Callable[[], None] = partial(_write, self._tensors, held)
+            give_back: Callable[[], None] = partial(self._write, held)
         elif alike:
             self._exchange()
             give_back = self._exchange
@@ -65,9 +68,21 @@ class HostCopy:
         finally:
             give_back()
 
-    def _fits_twice(self) -> bool:
+    def _held_on_device(self) -> list[Tensor] | None:
+        """Return the tensors' contents once more on the device; None: it has no room, or in too small pieces."""
         free = free_bytes(self._tensors[0].device)
-        return free is not None and has_room(sum(tensor.nbytes for tensor in self._tensors), free=free)
+        if free is None or not has_room(sum(tensor.nbytes for tensor in self._tensors), free=free):
+            return None
+        try:
+            return [tensor.clone() for tensor in self._tensors]
+        except torch.OutOfMemoryError:
+            return None
+
+    @torch.no_grad()
+    def _write(self, contents: Sequence[Tensor]) -> None:
+        for tensor, content in zip(self._tensors, contents, strict=True):
+            tensor.copy_(content)
+        self._synchronize()
 
     @torch.no_grad()
     def _exchange(self) -> None:
@@ -108,16 +123,10 @@ class HostCopy:
 def has_room(num_bytes: int, *, free: int) -> bool:
     """Tell whether a GPU with `free` bytes may hold as many more while a model scores.
 
-    A backward needs more: the sums of gradients take twice as much as bfloat16 weights. Larger micro-batches have two thirds of
-    the free memory.
+    A layer's temporaries grow with the model, and are some 4 GB for 32,768 tokens of an 8B model, whose weights are 16 GB. A
+    chunk of logits is some GB for every size. Free memory may lie in pieces, or in the pool of captured graphs.
     """
-    return 3 * num_bytes <= free
-
-
-@torch.no_grad()
-def _write(tensors: Sequence[Tensor], contents: Sequence[Tensor]) -> None:
-    for tensor, content in zip(tensors, contents, strict=True):
-        tensor.copy_(content)
+    return 3 * num_bytes + SCORING_BYTES <= free
 
 
 def to_host(tensor: Tensor, dtype: torch.dtype, *, for_device: torch.device | None = None) -> Tensor:
