@@ -52,7 +52,8 @@ class CudnnAttention:
     def forward(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
         """Return [T, H, K], and the log-sum-exp of every query."""
         heads, kv_heads, head_dim = q_THK.shape[1], k_THK.shape[1], q_THK.shape[2]
-        shape = (self._count, self._longest, heads, kv_heads, head_dim, *v_THK.stride()[:2])
+        v_THK = with_adjacent_heads(v_THK)
+        shape = (self._count, self._longest, heads, kv_heads, head_dim, v_THK.stride(0))
         graph, workspace = _forward_plan(q_THK.device, shape, scale)
         output = torch.empty_like(q_THK)
         stats = torch.empty((self._count, heads, self._longest, 1), dtype=torch.float32, device=q_THK.device)
@@ -65,7 +66,8 @@ class CudnnAttention:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of queries, keys and values."""
         heads, kv_heads, head_dim = q_THK.shape[1], k_THK.shape[1], q_THK.shape[2]
-        shape = (self._count, self._longest, heads, kv_heads, head_dim, *v_THK.stride()[:2])
+        v_THK = with_adjacent_heads(v_THK)
+        shape = (self._count, self._longest, heads, kv_heads, head_dim, v_THK.stride(0))
         num_tokens = _round_up(len(q_THK), TOKEN_MULTIPLE)
         deterministic = torch.are_deterministic_algorithms_enabled()
         graph, workspace = _backward_plan(q_THK.device, shape, num_tokens, scale, deterministic)
@@ -100,6 +102,15 @@ class _Attend(torch.autograd.Function):
         return *ctx.attention.backward(grad.contiguous(), *ctx.saved_tensors, scale=ctx.scale), None, None
 
 
+def with_adjacent_heads(values_THK: Tensor) -> Tensor:
+    """Return the values, copied if other heads lie between theirs: cuDNN tests packed sequences without such gaps alone.
+
+    Source: issue 540 of cudnn-frontend.
+    """
+    _, kv_heads, head_dim = values_THK.shape
+    return values_THK if kv_heads == 1 or values_THK.stride(1) == head_dim else values_THK.contiguous()
+
+
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
@@ -131,7 +142,7 @@ class _Graph:
         import cudnn  # noqa: PLC0415 - heavy, and an optional package
 
         self.cudnn = cudnn
-        self.count, self.longest, self.heads, self.kv_heads, self.head_dim, *self.v_strides = shape
+        self.count, self.longest, self.heads, self.kv_heads, self.head_dim, self.v_stride = shape
         self.graph = cudnn.pygraph(
             handle=_handle(device),
             io_data_type=cudnn.data_type.BFLOAT16,
@@ -147,15 +158,15 @@ class _Graph:
 
     def queries(self, name: str, uid: int, tensor: Any = None) -> Any:
         """Return a tensor of the shape of the queries: a new input, or `tensor` as an output."""
-        return self._packed(name, uid, self.heads, (self.heads * self.head_dim, self.head_dim), self.q_rows, tensor)
+        return self._packed(name, uid, self.heads, self.heads * self.head_dim, self.q_rows, tensor)
 
     def keys(self, name: str, uid: int, tensor: Any = None) -> Any:
         """Return a tensor of the shape of the keys."""
-        return self._packed(name, uid, self.kv_heads, (self.kv_heads * self.head_dim, self.head_dim), self.k_rows, tensor)
+        return self._packed(name, uid, self.kv_heads, self.kv_heads * self.head_dim, self.k_rows, tensor)
 
     def values(self, name: str, uid: int) -> Any:
-        """Return the values, whose rows and heads have strides."""
-        return self._packed(name, uid, self.kv_heads, self.v_strides, self.v_rows, None)
+        """Return the values, whose rows have a stride."""
+        return self._packed(name, uid, self.kv_heads, self.v_stride, self.v_rows, None)
 
     def mask(self, scale: float) -> dict[str, Any]:
         """Return the arguments that make attention causal inside each sequence."""
@@ -188,10 +199,9 @@ class _Graph:
     def _column(self, name: str, uid: int, size: int, data_type: Any) -> Any:
         return self.graph.tensor(name=name, dim=[size, 1, 1, 1], stride=[1, 1, 1, 1], data_type=data_type, uid=uid)
 
-    def _packed(self, name: str, uid: int, heads: int, strides: Sequence[int], rows: Any, tensor: Any) -> Any:
-        row, head = strides
+    def _packed(self, name: str, uid: int, heads: int, row: int, rows: Any, tensor: Any) -> Any:
         dim = [self.count, heads, self.longest, self.head_dim]
-        stride = [self.longest * row, head, row, 1]
+        stride = [self.longest * row, self.head_dim, row, 1]
         bfloat16 = self.cudnn.data_type.BFLOAT16
         if tensor is None:
             tensor = self.graph.tensor(name=name, dim=dim, stride=stride, data_type=bfloat16, uid=uid)
