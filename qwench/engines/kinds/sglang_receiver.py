@@ -43,7 +43,8 @@ class SglangReceiver(HttpReceiver):
     async def open(self) -> None:
         """Learn the size of tensor parallelism, and whether there are cached prefixes to drop."""
         settings = await self.engine.server_info()
-        self.num_ranks = int(settings["tp_size"])
+        placement = self.address.placement
+        self.num_ranks = int(settings["tp_size"]) if placement is None else len(placement.devices)
         self._caches_prefixes = not settings.get("disable_radix_cache")
 
     @property
