@@ -310,7 +310,7 @@ def _read_parquet(path: Path, wanted: slice) -> list[Row]:
         table = pyarrow.parquet.read_table(path)
         start, stop, _ = wanted.indices(table.num_rows)
         records = list(_records(table.slice(start, max(stop - start, 0))))
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a readable parquet file ({' '.join(str(error).split())[:300]}).") from error
     rows = []
     for number, record in enumerate(records, start=start + 1):

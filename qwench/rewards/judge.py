@@ -29,7 +29,9 @@ _GAP = r"[ \t*_`]{0,4}"
 _OF = rf"{_GAP}(?:/|out[ \t]+of|of){_GAP}"
 _PERCENT = rf"{_GAP}(?:%|percent\b)"
 _KEYS = r"(?:(?:final|overall)[ _-]?)?score"
-_SAID = rf"(?:score[\s:=*_`]{{0,8}}{_QUOTE}?|{_QUOTE}{_KEYS}{_QUOTE}\s{{0,8}}:\s{{0,8}}{_QUOTE}?)"
+_MARKS = r"[\s*_`]{0,4}"
+_BARE = rf"score(?:{_MARKS}[:=]{_MARKS}{_QUOTE}|[\s:=*_`]{{0,8}})"
+_SAID = rf"(?:{_BARE}|{_QUOTE}{_KEYS}{_QUOTE}\s{{0,8}}:\s{{0,8}}{_QUOTE}?)"
 """`Score: 0.5` and, in an answer that is JSON, `"score": 0.5` or `"final_score": 0.5`; but no `"max_score": 1`."""
 _SCORE = re.compile(
     rf"{_SAID}(-?\.?\d[0-9a-z.,%+-]*(?:{_PERCENT}|{_OF}[-.]?\d[0-9a-z./,%+-]*|{_GAP}-{_GAP}\d+)?)", re.IGNORECASE
@@ -138,9 +140,9 @@ def _said_score(text: str) -> str | None:
         whole = json.loads(text.strip().removeprefix("```json").removeprefix("```").removesuffix("```"))
     except (ValueError, RecursionError):
         whole = None
-    for key, value in whole.items() if isinstance(whole, dict) else ():
-        if re.fullmatch(_KEYS, key, re.IGNORECASE):
-            text = f"score: {value}"
+    keys = [key for key in whole if re.fullmatch(_KEYS, key, re.IGNORECASE)] if isinstance(whole, dict) else []
+    if keys:
+        text = f"score: {whole[max(keys, key=len)]}"  # the final one, whichever comes first
     said = _SCORE.findall(text)
     return said[-1] if said else None
 

@@ -194,6 +194,13 @@ def test_bytes_that_are_the_key_of_a_map_become_text(tmp_path):
     assert read_rows(str(tmp_path / "a.parquet"))[0].values == {"q": {"k": 1}}
 
 
+def test_keys_of_a_map_that_are_lists_are_one_line(tmp_path):
+    column = pyarrow.array([[([1], 1)]], pyarrow.map_(pyarrow.list_(pyarrow.int64()), pyarrow.int64()))
+    pyarrow.parquet.write_table(pyarrow.table({"q": column}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"a\.parquet is not a readable parquet file \(unhashable type: 'list'\)"):
+        read_rows(str(tmp_path / "a.parquet"))
+
+
 def test_times_that_no_python_value_holds_are_one_line(tmp_path):
     column = pyarrow.array([1, 2**62], type=pyarrow.timestamp("us"))
     pyarrow.parquet.write_table(pyarrow.table({"t": column}), tmp_path / "a.parquet")

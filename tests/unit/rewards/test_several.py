@@ -130,6 +130,9 @@ def said(text: str) -> dict[str, object]:
         ("{\u201cscore\u201d: 0.5, \u201cmax_score\u201d: 1}", (0, 1), 0.5),
         ("Score: \u201c0.5\u201d", (0, 1), 0.5),
         ("Final score: '0.5'", (0, 1), 0.5),
+        ('Score: 0.5, as I score "1 + 1 = 2" low', (0, 1), 0.5),
+        ('{"final_score": 0.9, "score": 0.2}', (0, 1), 0.9),
+        ('{"score": 0.2, "overall_score": 0.9}', (0, 1), 0.9),
     ],
 )
 def test_the_last_score_that_the_judge_says_counts(text, scores, score):
