@@ -87,7 +87,8 @@ def load_object(path: str, *, flag: str = "") -> Any:  # the user's own function
     module_name, _, name = ("", "", name) if colon else path.rpartition(".")
     try:
         module = _module_of_file(Path(file)) if colon else _module(module_name)
-        return getattr(module, name)
+        if hasattr(module, name):
+            return getattr(module, name)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the user's module runs here, and may raise anything
@@ -97,6 +98,10 @@ def load_object(path: str, *, flag: str = "") -> Any:  # the user's own function
             f"{flag} {path!r} cannot be imported ({described}); a module must lie in the working folder or on PYTHONPATH, "
             "and a file is named as ./file.py:function."
         ) from error
+    own = [
+        key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__ and key[0] != "_"
+    ]
+    raise ConfigError(f"{flag} {path!r}: {file or module_name} has no {name!r}; it defines: {', '.join(own) or 'nothing'}")
 
 
 def guarded(function: Function, *, path: str, flag: str) -> Function:

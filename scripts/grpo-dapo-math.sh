@@ -1,6 +1,6 @@
 # GRPO on dapo-math-17k with AIME-2024 held out: what the run-qwen3-*.sh recipes share. Sourced, not run.
 # Folders: MODEL_DIR (checkpoints), DATA_DIR (data sets), OUTPUT_DIR (what runs write).
-: "${MODEL_DIR:?the folder of the checkpoints}" "${DATA_DIR:?the folder of the data sets}" "${OUTPUT_DIR:=runs}"
+: "${MODEL_DIR:?set it to the folder of the checkpoints}" "${DATA_DIR:?set it to the folder of the data sets}" "${OUTPUT_DIR:=runs}"
 
 ROLLOUT_ARGS=(
    --prompt-data "$DATA_DIR/dapo-math-17k/dapo-math-17k.jsonl"

@@ -6,7 +6,7 @@
 set -euo pipefail
 HERE=$(dirname "${BASH_SOURCE[0]}")
 source "$HERE/models/qwen3-4B.sh"
-: "${MODEL_DIR:?the folder of the checkpoints}" "${DATA_DIR:?the folder of the data sets}" "${OUTPUT_DIR:=runs}"
+: "${MODEL_DIR:?set it to the folder of the checkpoints}" "${DATA_DIR:?set it to the folder of the data sets}" "${OUTPUT_DIR:=runs}"
 
 CKPT_ARGS=(
    --hf-checkpoint "$MODEL_DIR/Qwen3-4B-Base"

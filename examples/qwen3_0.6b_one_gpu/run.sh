@@ -5,11 +5,11 @@
 # alone. ATTENTION is cudnn where nvidia-cudnn-frontend is installed, else varlen.
 # Usage: DATA_DIR=... QWEN_TIKTOKEN=.../qwen.tiktoken OUTPUT_DIR=runs/0.6b bash examples/qwen3_0.6b_one_gpu/run.sh [more flags]
 set -euo pipefail
-: "${DATA_DIR:?the folder of gsm8k-train.jsonl}"
+: "${DATA_DIR:?set it to the folder of gsm8k-train.jsonl}"
 OUTPUT_DIR=${OUTPUT_DIR:-runs/qwen3-0.6b}
 ATTENTION=${ATTENTION:-$(python -c 'from importlib.util import find_spec; print("cudnn" if find_spec("cudnn") else "varlen")')}
 if [ -z "${MODEL_DIR:-}" ]; then
-    : "${QWEN_TIKTOKEN:?the tiktoken file of the Qwen tokenizer, or set MODEL_DIR to a checkpoint}"
+    : "${QWEN_TIKTOKEN:?set it to the tiktoken file of the Qwen tokenizer, or set MODEL_DIR to a checkpoint}"
     MODEL_DIR=$OUTPUT_DIR/random-0.6B
     [ -d "$MODEL_DIR" ] || qwench make-model --size 0.6B --tokenizer qwen --qwen-tiktoken "$QWEN_TIKTOKEN" --output "$MODEL_DIR"
 fi

@@ -5,7 +5,7 @@
 # by default. GRPO_FLAGS are added to those of GRPO.
 set -euo pipefail
 HERE=$(dirname "$0")
-: "${DATA_DIR:?the folder of the three gsm8k files (README.md)}"
+: "${DATA_DIR:?set it to the folder of the three gsm8k files (README.md)}"
 OUTPUT_DIR=${OUTPUT_DIR:-runs/smollm2}
 MODEL_DIR=${MODEL_DIR:-$OUTPUT_DIR/base-hf}
 NUM_ROLLOUT=${NUM_ROLLOUT:-55}

@@ -21,8 +21,9 @@ def warnings(config: Config, *, trains: bool = True) -> Iterator[str]:
         trains: the verb trains; for evaluation, flags of training are not checked.
     """
     if config.references.unused_flags:
-        names = " ".join(f"--{name}" for name in config.references.unused_flags)
-        yield f"these flags have no effect here (docs/flags.md says why): {names}"
+        unused = config.references.unused_flags
+        where = "" if all(name.endswith(")") for name in unused) else " (docs/flags.md says why)"
+        yield f"these flags have no effect here{where}: {' '.join(f'--{name}' for name in unused)}"
     if trains:
         yield from _training_warnings(config)
         yield from _unused_evaluation(config)

@@ -80,10 +80,13 @@ def check_engine_is_installed(config: Config, machine: Machine) -> None:
         return
     if (problem := unknown_sglang_flag(config.engine.sglang_args)) is not None:
         raise ConfigError(problem)
-    raise ConfigError(
-        f"this run needs SGLang ({config.engine.engine_reason}), which is not installed: "
-        "run pip install 'qwench[sglang]', or give --rollout-engine embedded"
-    )
+    missing = f"this run needs SGLang ({config.engine.engine_reason}), which is not installed"
+    if machine.num_gpus == 0:
+        raise ConfigError(
+            f"{missing}, and this machine has no GPU: --dry-run checks the flags, --rollout-engine embedded runs on a CPU, "
+            "and the GPU machine needs pip install 'qwench[sglang]'"
+        )
+    raise ConfigError(f"{missing}: run pip install 'qwench[sglang]', or give --rollout-engine embedded")
 
 
 def engines_divide_gpus(config: Config) -> str | None:

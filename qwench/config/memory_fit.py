@@ -57,8 +57,8 @@ def check_fit(config: Config, plan: RunPlan, *, device_bytes: int, element_bytes
     for whose, held in (("trainer", plan.rank_bytes), ("critic", critic)):
         if plan.devices.trains and held is not None and held.device > device_bytes:
             raise ConfigError(
-                f"each {whose} rank holds {gib(held.device)} GiB of weights, gradients and optimizer state, activations apart, "
-                f"more than the {gib(device_bytes)} GiB of its GPU; give --optimizer-cpu-offload, "
+                f"each {whose} rank holds {gib(held.device)} GiB of weights, gradients and optimizer state, no activations "
+                f"counted, more than the {gib(device_bytes)} GiB of its GPU; give --optimizer-cpu-offload, "
                 "a larger --tensor-model-parallel-size, or more GPUs"
             )
 

@@ -83,7 +83,7 @@ class CriticPlan:
 
     dp_size: int
     rank_bytes: RankBytes
-    """Of each of its ranks, activations apart."""
+    """Of each of its ranks, without activations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +126,7 @@ class RunPlan:
     """Entry of a reward's record that is the score of an evaluation. None: `score`."""
     log_dir: Path | None
     rank_bytes: RankBytes
-    """Of each trainer rank, activations apart."""
+    """Of each trainer rank, without activations."""
     cost: SequenceCost
     """Forward FLOPs of a sequence, of all ranks together."""
     train_passes: int

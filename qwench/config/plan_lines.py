@@ -45,10 +45,10 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
                 + (moved if devices.on_gpus else "stays in memory, which the next line does not count")
             )
         yield (
-            f"each trainer rank, activations apart: {gib(held.device)} GiB on the device ({gib(held.weights)} weights, "
+            f"each trainer rank, without activations: {gib(held.device)} GiB on the device ({gib(held.weights)} weights, "
             f"{gib(held.gradients)} gradients, {gib(held.optimizer)} optimizer), {gib(held.host)} GiB on the host"
         )
-        yield f"computation: {_giga(plan.cost.linear * plan.train_passes)} GFLOP a trained token, attention apart"
+        yield f"computation: {_giga(plan.cost.linear * plan.train_passes)} GFLOP a trained token, without attention"
 
 
 def _reference(config: Config, plan: RunPlan) -> str:

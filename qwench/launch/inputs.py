@@ -82,7 +82,7 @@ def plan_inputs(config: Config, *, trains: bool) -> RunPlan:
     device = local_device()
     folder = _model_folder(config)
     model, fp8 = architecture_of(load_hf_config(folder)), is_fp8_checkpoint(folder)
-    on_gpus = device.type == "cuda" or _plans_what_only_gpus_run(config, trains=trains)
+    on_gpus = device.type == "cuda" or plans_what_only_gpus_run(config, trains=trains)
     plan = plan_run(config, model, trains=trains, on_gpus=on_gpus)
     if fp8 and plan.devices.generates and divides_models(config):
         size = config.cluster.rollout_num_gpus_per_engine
@@ -97,11 +97,12 @@ def plan_inputs(config: Config, *, trains: bool) -> RunPlan:
     return plan
 
 
-def _plans_what_only_gpus_run(config: Config, *, trains: bool) -> bool:
+def plans_what_only_gpus_run(config: Config, *, trains: bool) -> bool:
     """Tell whether this is the dry run of a run that needs GPUs wherever it starts; its memory is that of GPUs."""
     starts_engines = config.generates and not config.engine.rollout_external_engine_addrs
     with_sglang = starts_engines and not config.engine.facts.reads_embedded_flags
-    return config.debug.dry_run and (with_sglang or (trains and config.backend == "megatron"))
+    trainer_needs_gpus = config.backend == "megatron" or config.model.attn_implementation != "sdpa"
+    return config.debug.dry_run and (with_sglang or (trains and trainer_needs_gpus))
 
 
 def read_inputs(config: Config, plan: RunPlan) -> Inputs:

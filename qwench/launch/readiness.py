@@ -22,7 +22,7 @@ from qwench.engines.kinds import KINDS
 from qwench.engines.kinds.sglang_router import check_router_words
 from qwench.errors import CheckpointError, ConfigError
 from qwench.launch.engines import check_external
-from qwench.launch.inputs import Inputs
+from qwench.launch.inputs import Inputs, plans_what_only_gpus_run
 from qwench.launch.placement import Launcher, check_turns, choose_launcher, enough_gpus
 from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.hf_weights import has_weights
@@ -124,9 +124,10 @@ def check_engines(inputs: Inputs, *, elsewhere: bool) -> None:
 
 
 def _plans_for_gpus_elsewhere(inputs: Inputs) -> bool:
-    """Tell whether this is the dry run of a run on several GPUs, or with SGLang, on a machine without a GPU."""
+    """Tell whether this is the dry run of a run on several GPUs, or of one that only GPUs run, on a machine without a GPU."""
     several = plan_bundles(inputs.config.cluster, inputs.plan.devices).num_devices > 1
-    asks_for_gpus = several or not inputs.config.engine.facts.reads_embedded_flags
+    with_sglang = not inputs.config.engine.facts.reads_embedded_flags
+    asks_for_gpus = several or with_sglang or plans_what_only_gpus_run(inputs.config, trains=inputs.plan.devices.trains)
     return inputs.config.debug.dry_run and asks_for_gpus and not torch.cuda.is_available()
 
 

@@ -88,7 +88,7 @@ class RankBytes:
 
     @property
     def device(self) -> int:
-        """Return the bytes on the device during a step, activations apart."""
+        """Return the bytes on the device during a step, without activations."""
         return self.weights + self.gradients + self.optimizer
 
     @property

@@ -70,6 +70,14 @@ def test_a_file_that_failed_can_be_mended_and_loaded(tmp_path: Path) -> None:
     assert load(f"{tmp_path}/mine.py:f")(1) == "now it works"
 
 
+def test_a_misspelt_function_is_told_with_those_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("from math import sqrt\n\ndef score(x):\n    return x\n\nclass Judge: ...\n\ndef _hidden(): ...\n")
+    with pytest.raises(ConfigError) as refused:
+        load(f"{file}:scor")
+    assert str(refused.value) == f"--some-path '{file}:scor': {file} has no 'scor'; it defines: score, Judge"
+
+
 def test_a_file_that_ends_the_process_is_the_users_mistake(tmp_path: Path) -> None:
     file = tmp_path / "ends.py"
     file.write_text("import sys\nsys.exit(0)\n")

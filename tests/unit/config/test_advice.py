@@ -16,8 +16,7 @@ def test_a_flag_given_twice_is_told_with_the_value_that_is_lost(files):
     config = parse_run("train", given)
     assert (config.optimizer.lr, config.cluster.colocate) == (1e-5, False)
     assert list(warnings(config)) == [
-        "these flags have no effect here (docs/flags.md says why): --lr 1e-6 (a later --lr counts) "
-        "--colocate true (a later --colocate counts)"
+        "these flags have no effect here: --lr 1e-6 (a later --lr counts) --colocate true (a later --colocate counts)"
     ]
 
 

@@ -65,6 +65,13 @@ def test_without_sglang_a_start_names_both_ways_out():
         "this run needs SGLang (the command line names --rollout-num-gpus-per-engine), which is not installed: "
         "run pip install 'qwench[sglang]', or give --rollout-engine embedded"
     )
+    with pytest.raises(ConfigError) as refused:
+        check_engine_is_installed(config, LAPTOP)
+    assert str(refused.value) == (
+        "this run needs SGLang (the command line names --rollout-num-gpus-per-engine), which is not installed, and this "
+        "machine has no GPU: --dry-run checks the flags, --rollout-engine embedded runs on a CPU, "
+        "and the GPU machine needs pip install 'qwench[sglang]'"
+    )
     check_engine_is_installed(config, NODE)
     check_engine_is_installed(parse("--rollout-num-gpus-per-engine", "1", "--loss-type", "sft_loss"), NODE_WITHOUT)
     check_engine_is_installed(parse("--rollout-external-engine-addrs", "a:1", "--sglang-page-size", "1"), NODE_WITHOUT)

@@ -289,9 +289,9 @@ def test_the_plan_states_the_identities_with_their_numbers():
         "devices: shared by trainer and engines",
         "engines: embedded (the default), 2 engines of 1 device",
         "reference model: held",
-        "each trainer rank, activations apart: 30 GiB on the device (7.49 weights, 7.49 gradients, 15 optimizer), "
+        "each trainer rank, without activations: 30 GiB on the device (7.49 weights, 7.49 gradients, 15 optimizer), "
         "3.75 GiB on the host",
-        "computation: 24.1 GFLOP a trained token, attention apart",
+        "computation: 24.1 GFLOP a trained token, without attention",
     ]
     packed = Config(rollout=BATCH, training=TrainingConfig(use_dynamic_batch_size=True, max_tokens_per_gpu=100))
     assert "micro-batches: packed up to 100 tokens, as many on each of the 1 DP ranks" in plan_lines(

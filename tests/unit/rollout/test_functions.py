@@ -132,7 +132,7 @@ def test_custom_rollout_that_returns_something_else_is_refused(name, message):
     ("path", "message"),
     [
         ("no.such.module.fn", "cannot be imported"),
-        (f"{HERE}.missing", "cannot be imported"),
+        (f"{HERE}.missing", "has no 'missing'; it defines: "),
         (f"{HERE}.HERE", "is no function but a str"),
         (f"{HERE}.not_async", "is not async; define it with `async def`"),
         (f"{HERE}.one_argument", r"has the signature \(sample\), but is called as await fn\(rollout_id, context\)"),
