@@ -38,7 +38,4 @@ def degenerate_reason(verdicts: Sequence[Verdict]) -> str | None:
         return None
     errors = (verdict.extra["error"] for verdict in verdicts if verdict.reason == reason and "error" in verdict.extra)
     error = next((f" ({error})" for error in errors), "")
-    return (
-        f"{count} of {len(verdicts)} responses got no reward for the same reason, {reason!r}{error}: {_ADVICE[reason]}. "
-        "To train nevertheless pass --allow-degenerate-rewards."
-    )
+    return f"{count} of {len(verdicts)} responses got no reward for the same reason, {reason!r}{error}: {_ADVICE[reason]}"

@@ -148,7 +148,7 @@ class GeneratingStream(ABC):
         self._check_rewards = False
         reason = degenerate_reason([sample.verdict for sample in rollout.samples if sample.verdict is not None])
         if reason is not None:
-            raise RewardError(f"rollout {rollout.rollout_id}: {reason}")
+            raise RewardError(f"rollout {rollout.rollout_id}: {reason}. To train nevertheless pass --allow-degenerate-rewards.")
 
 
 class RolloutStream(GeneratingStream):
