@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from qwench.errors import CheckpointError
 from qwench.files import read_small_text
+from qwench.models.parts import HostMemory, Part
 from qwench.models.shards import INDEX_FILE
 
 _DTYPES = {
@@ -132,25 +134,37 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def read_tensor(stored: StoredTensor) -> Tensor:
-    """Read one tensor into new memory.
+def read_tensor(stored: StoredTensor, part: Part | None = None, memory: HostMemory | None = None) -> Tensor:
+    """Read a tensor, or a part of it and no other byte, into new memory or what `memory` has free.
 
     Raises:
         CheckpointError: the file cannot be read, or has become shorter.
     """
-    tensor = torch.empty(stored.spec.shape, dtype=stored.spec.dtype)
-    target, done = as_bytes(tensor), 0
+    shape = stored.spec.shape if part is None else part.shape_in(stored.spec.shape)
+    tensor = (memory or HostMemory()).take(shape, stored.spec.dtype)
+    if not tensor.numel():
+        return tensor
+    # What lies together in the file: all elements of a range of rows; those of one row, for a range of columns.
+    num_runs = 1 if part is None else math.prod(shape[: part.dim])
+    run, stride = tensor.nbytes // num_runs, stored.spec.nbytes // num_runs
+    begin = stored.begin if part is None else stored.begin + stride // stored.spec.shape[part.dim] * part.start
+    target = as_bytes(tensor)
     try:
         with stored.file.open("rb", buffering=0) as stream:
-            stream.seek(stored.begin)
-            while done < len(target):
-                count = stream.readinto(target[done:])
-                if not count:
-                    raise CheckpointError(f"{stored.file} has become shorter while it was read.")
-                done += count
+            for index in range(num_runs):
+                _read_run(stream, target[index * run : (index + 1) * run], begin + index * stride)
     except OSError as error:
         raise CheckpointError(f"{stored.file} cannot be read ({error}).") from error
     return tensor
+
+
+def _read_run(stream: FileIO, target: memoryview, begin: int) -> None:
+    done = 0
+    while done < len(target):
+        count = os.preadv(stream.fileno(), [target[done:]], begin + done)
+        if not count:
+            raise CheckpointError(f"{stream.name} has become shorter while it was read.")
+        done += count
 
 
 def is_equal(one: StoredTensor, other: StoredTensor) -> bool:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from qwench.algorithms.columns import RolloutBatch
 from qwench.algorithms.method import Method
-from qwench.checkpoints.formats.sources import TensorReader
+from qwench.checkpoints.formats.sources import PartReader
 from qwench.models.architecture import Architecture
+from qwench.models.parts import HostMemory, Part
 from qwench.training.passes import Passes
 from qwench.training.trainer import Trainer
 
@@ -112,10 +113,14 @@ def train_critic(
 class NewHead:
     """The weights of a language model with a value head of zeros in the place of its head."""
 
-    def __init__(self, source: TensorReader, critic: Architecture) -> None:
+    def __init__(self, source: PartReader, critic: Architecture) -> None:
         self._source = source
         self._shape = critic.parameter_shapes()[HEAD]
 
     def read(self, name: str) -> Tensor:
         """Read one parameter to the host; see `TensorReader`."""
         return torch.zeros(self._shape) if name == HEAD else self._source.read(name)
+
+    def read_part(self, name: str, part: Part, memory: HostMemory) -> Tensor:
+        """Read a part of one parameter to the host; see `PartReader`."""
+        return part.of(self.read(name)) if name == HEAD else self._source.read_part(name, part, memory)

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from qwench.errors import CheckpointError
+from qwench.models.parts import Part
 from qwench.models.safetensors_files import TensorSpec
 
 METADATA = ".metadata"
@@ -79,8 +80,8 @@ class DcpFolder:
         self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data or {}
         self._check_files()
 
-    def read(self, key: str, *, layer: int | None = None) -> Tensor:
-        """Read one tensor, or with `layer` only the part at that index of its first dimension.
+    def read(self, key: str, *, layer: int | None = None, part: Part | None = None) -> Tensor:
+        """Read one tensor, or a part of it: with `layer`, what is at that index of its first dimension.
 
         Memory: the result, and one stored chunk.
 
@@ -92,6 +93,8 @@ class DcpFolder:
         end = list(shape)
         if layer is not None:
             begin[0], end[0] = layer, layer + 1
+        if part is not None:
+            begin[part.dim], end[part.dim] = part.start, part.stop
         with _damage_named(f"{key} cannot be read from {self.folder}"):
             tensor = self._read_region(key, begin, end)
         return tensor if layer is None else tensor[0]

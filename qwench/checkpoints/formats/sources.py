@@ -33,9 +33,10 @@ from qwench.checkpoints.formats.torch_dist import (
 from qwench.errors import CheckpointError, ConfigError
 from qwench.files import TEMPORARY_SUFFIX
 from qwench.models.architecture import Architecture
-from qwench.models.fp8 import dequantize, scale_name
+from qwench.models.fp8 import BLOCK, dequantize, scale_name
 from qwench.models.hf_weights import check_nothing_more, check_shapes, find_parameters
 from qwench.models.nf4 import FrozenForm, rounded
+from qwench.models.parts import HostMemory, Part
 from qwench.models.peft import A, AdapterFolder, B, is_adapter, merged
 from qwench.models.safetensors_files import StoredTensor, TensorSpec, as_bytes, read_tensor
 
@@ -58,6 +59,18 @@ class TensorReader(Protocol):
         ...
 
 
+class PartReader(TensorReader, Protocol):
+    """Parameters of a model by name, whole or in part."""
+
+    def read_part(self, name: str, part: Part, memory: HostMemory) -> Tensor:
+        """Read a part of one parameter to the host, into `memory` if the format allows.
+
+        Raises:
+            CheckpointError: the files are damaged.
+        """
+        ...
+
+
 class WeightSource(TensorReader, Protocol):
     """All parameters of a model."""
 
@@ -72,13 +85,17 @@ class WeightSource(TensorReader, Protocol):
         ...
 
 
+class StoredWeights(WeightSource, PartReader, Protocol):
+    """All parameters of a model in the files of a checkpoint."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerState:
     """The state of AdamW."""
 
-    masters: WeightSource
+    masters: StoredWeights
     """float32."""
-    moments: Mapping[str, WeightSource]
+    moments: Mapping[str, StoredWeights]
     """exp_avg and exp_avg_sq; empty before the first step."""
     num_steps: int
     """Optimizer steps done."""
@@ -147,7 +164,7 @@ def is_checkpoint(folder: Path) -> bool:
     return True
 
 
-def open_weights(folder: Path, model: Architecture) -> WeightSource:
+def open_weights(folder: Path, model: Architecture) -> StoredWeights:
     """Open the weights of a checkpoint of any format, or of the newest one under `folder`.
 
     Args:
@@ -208,8 +225,18 @@ class HfWeights:
 
     def read(self, name: str) -> Tensor:
         """See `WeightSource`."""
-        tensor = read_tensor(self._stored[name])
-        return dequantize(tensor, read_tensor(self._scales[name]), torch.bfloat16) if name in self._scales else tensor
+        shape = self.specs[name].shape
+        return self.read_part(name, Part(start=0, stop=shape[0]), HostMemory())
+
+    def read_part(self, name: str, part: Part, memory: HostMemory) -> Tensor:
+        """See `PartReader`; of FP8 weights whole blocks are read."""
+        if name not in self._scales:
+            return read_tensor(self._stored[name], part, memory)
+        blocks = Part(start=part.start // BLOCK, stop=-(-part.stop // BLOCK), dim=part.dim)
+        around = Part(start=blocks.start * BLOCK, stop=blocks.stop * BLOCK, dim=part.dim)
+        values = read_tensor(self._stored[name], around, memory)
+        weight = dequantize(values, blocks.of(read_tensor(self._scales[name])), torch.bfloat16)
+        return Part(start=part.start - around.start, stop=part.stop - around.start, dim=part.dim).of(weight)
 
     def _spec(self, name: str) -> TensorSpec:
         spec = self._stored[name].spec
@@ -234,12 +261,16 @@ class DcpWeights:
         """See `WeightSource`."""
         return self._folder.read(name + self._suffix)
 
+    def read_part(self, name: str, part: Part, memory: HostMemory) -> Tensor:
+        """See `PartReader`; whole chunks are read, into new memory."""
+        return self._folder.read(name + self._suffix, part=part)
+
 
 def _fsdp_optimizer(folder: Path, model: Architecture) -> OptimizerState | None:
     if not (folder / "lr_scheduler" / METADATA).is_file():
         return None
     num_steps = int(DcpFolder(folder / "lr_scheduler").read(NUM_STEPS))
-    moments: Mapping[str, WeightSource] = {}
+    moments: Mapping[str, StoredWeights] = {}
     if num_steps:
         stored = DcpFolder(folder / "optimizer")
         if any(name.endswith(f".{MOMENTUM}") for name in stored.tensors):

@@ -32,6 +32,7 @@ from qwench.errors import CheckpointError, ConfigError
 from qwench.models.architecture import Architecture
 from qwench.models.hf_weights import check_nothing_more, differing_head
 from qwench.models.megatron_names import WeightRule, rules, to_hf
+from qwench.models.parts import HostMemory, Part
 from qwench.models.safetensors_files import TensorSpec
 
 CONFIG_FILE = "metadata.json"
@@ -94,6 +95,10 @@ class TorchDistWeights:
             held.parts = {}  # not two Megatron tensors at a time
             held.parts = to_hf(rule, self._folder.read(key, layer=layer), self._model)
         return held.parts.pop(name)
+
+    def read_part(self, name: str, part: Part, memory: HostMemory) -> Tensor:
+        """See `PartReader`; the whole is read, into new memory."""
+        return part.of(self.read(name))
 
     def _find(self, rule: WeightRule, prefix: str) -> tuple[str, int | None]:
         """Return key and index of a tensor: in that of all layers, or on its own, as non-homogeneous layers are written."""

@@ -19,11 +19,19 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qwench.checkpoints.formats.sources import TensorReader, WeightSource, find_checkpoint, find_format, open_weights
+from qwench.checkpoints.formats.sources import (
+    PartReader,
+    StoredWeights,
+    TensorReader,
+    find_checkpoint,
+    find_format,
+    open_weights,
+)
 from qwench.checkpoints.formats.torch_dist import CONFIG_FILE
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_model, model_of
+from qwench.models.parts import HostMemory
 from qwench.models.peft import AdapterFolder, write_adapter
 from qwench.training.fsdp.lora import Adapters
 from qwench.training.fsdp.optimizer import MasterOptimizer, full_tensor, local_shard, own_part
@@ -82,8 +90,8 @@ def load_adapters(folder: Path, optimizer: MasterOptimizer, adapters: Adapters, 
     """Read the masters of adapters, and the starts, of a PEFT folder; local. Raises what `AdapterFolder.of_run` does."""
     reader = _SplitMatrices(AdapterFolder.of_run(folder, adapters.section, model), adapters)
     masters = optimizer.masters()
-    fill_shards({name: matrix for name, matrix in adapters.matrices().items() if name not in masters}, reader)
-    fill_shards(masters, reader)
+    fill_adapters({name: matrix for name, matrix in adapters.matrices().items() if name not in masters}, reader)
+    fill_adapters(masters, reader)
     optimizer.set_masters(masters)
 
 
@@ -104,7 +112,7 @@ def is_foreign(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (CONFIG_FILE, "config.json"))
 
 
-def load_causal_lm(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, WeightSource | None]:
+def load_causal_lm(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, StoredWeights | None]:
     """Load the model of a checkpoint of any format on the host, in the dtype that it is stored in.
 
     Hugging Face's weights are mapped from their files. Those of other formats would be in the memory of every rank: the model
@@ -149,9 +157,18 @@ def load_converted(
 
 
 @torch.no_grad()
-def fill_shards(tensors: Mapping[str, Tensor], source: TensorReader, *, suffix: str = "") -> None:
-    """Read this rank's part of every tensor whose name ends in `suffix`; local, one whole tensor at a time."""
+def fill_shards(tensors: Mapping[str, Tensor], source: PartReader, *, suffix: str = "") -> None:
+    """Read this rank's part of every tensor whose name ends in `suffix`; local, one tensor at a time."""
+    memory = HostMemory()
     for name, tensor in tensors.items():
         if not name.endswith(suffix):
             continue
-        local_shard(tensor).copy_(own_part(tensor, source.read(name.removesuffix(suffix))))
+        memory.clear()
+        local_shard(tensor).copy_(source.read_part(name.removesuffix(suffix), own_part(tensor), memory))
+
+
+@torch.no_grad()
+def fill_adapters(matrices: Mapping[str, Tensor], source: TensorReader) -> None:
+    """Take this rank's part of every matrix of the adapters, each read whole; collective if reading is."""
+    for name, matrix in matrices.items():
+        local_shard(matrix).copy_(own_part(matrix).of(source.read(name)))

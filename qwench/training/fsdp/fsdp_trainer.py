@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig, PreTrainedModel
 
 from qwench.algorithms.columns import LossFunction, MicroBatch, TokenLoss
-from qwench.checkpoints.formats.sources import TensorReader, open_weights
+from qwench.checkpoints.formats.sources import PartReader, TensorReader, open_weights
 from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
@@ -35,7 +35,7 @@ from qwench.training.critic import NewHead
 from qwench.training.frozen import OtherModel
 from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.attention import install_attention
-from qwench.training.fsdp.checkpoint import fill_shards, is_foreign, load_causal_lm, load_converted
+from qwench.training.fsdp.checkpoint import fill_adapters, fill_shards, is_foreign, load_causal_lm, load_converted
 from qwench.training.fsdp.direct import DirectPolicy, PolicyPlace
 from qwench.training.fsdp.lora import Adapters
 from qwench.training.fsdp.optimizer import MasterOptimizer, full_tensor, local_shard
@@ -322,7 +322,7 @@ def _start_training(
     policy: Policy | DirectPolicy,
     architecture: Architecture,
     adapters: Adapters | None,
-    source: TensorReader | None,
+    source: PartReader | None,
     section: OptimizerConfig,
     total_steps: int,
     param_dtype: torch.dtype,
@@ -331,7 +331,7 @@ def _start_training(
     if source is not None:
         fill_shards(_model_weights(policy, adapters), NewHead(source, architecture) if architecture.value_head else source)
     if adapters is not None:
-        fill_shards(adapters.matrices(), adapters.start(param_dtype))
+        fill_adapters(adapters.matrices(), adapters.start(param_dtype))
     trained = {name: weight for name, weight in policy.named_weights().items() if weight.requires_grad}
     masters = MasterOptimizer(trained, policy.gradients, section, total_steps=total_steps)
     if adapters is not None and adapters.start_folder is not None:

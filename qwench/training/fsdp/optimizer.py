@@ -21,6 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.utils import get_total_norm
 
 from qwench.config.sections.optimizer import OptimizerConfig
+from qwench.models.parts import Part
 from qwench.training.fsdp.gradients import Gradients
 from qwench.training.optimizers.adam8bit import Adam8bit
 from qwench.training.optimizers.host_adam import HostAdam
@@ -76,7 +77,7 @@ class MasterOptimizer:
             stepped,
             section,
             whole=lambda shard, values: full_tensor(self._named(names[shard], values)),
-            part=lambda shard, whole: own_part(self._weights[names[shard]], whole),
+            part=lambda shard, whole: own_part(self._weights[names[shard]]).of(whole),
         )
         return [*optimizers, muon]
 
@@ -196,11 +197,12 @@ def local_shard(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
-def own_part(weight: Tensor, whole: Tensor) -> Tensor:
-    """Return this rank's part of a whole tensor that is sharded as `weight` is."""
+def own_part(weight: Tensor) -> Part:
+    """Return which part of a weight this rank holds: FSDP2 shards the first dimension."""
     assert isinstance(weight, DTensor), "FSDP2 holds every weight as a DTensor outside of forward and backward"
     sizes, offsets = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    return whole[tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))]
+    assert sizes[1:] == weight.shape[1:], f"{weight.placements} cut more than the first dimension"
+    return Part(start=offsets[0], stop=offsets[0] + sizes[0])
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from qwench.config.sections.training import TrainingConfig
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.megatron_names import rules
+from qwench.models.parts import HostMemory
 from qwench.training.critic import NewHead
 from qwench.training.frozen import FrozenMatrix, OtherModel
 from qwench.training.megatron import adapter_checkpoint, checkpoint, pipeline
@@ -43,11 +44,11 @@ from qwench.training.megatron.model import (
     load_weights,
     local_parameters,
     read_share,
+    tensor_place,
     tied_head,
 )
 from qwench.training.megatron.optimizer import MasterOptimizer, wrap_in_ddp
 from qwench.training.megatron.platform import check_platform, check_transformer_impl
-from qwench.training.megatron.tensor_place import TensorPlace
 from qwench.training.megatron.weights import WholeWeights
 from qwench.training.offload import HostCopy
 from qwench.training.optimizers.schedule import LrSchedule
@@ -227,7 +228,7 @@ class MegatronTrainer(BackendTrainer):
             load_weights(self._model, source, self._config, self._layout)
         matrices: dict[FrozenMatrix, Tensor] = {}
         for rule, layer in self._adapters.quantised:
-            matrices |= layer.on_host(read_share(rule, source, self._config, self._layout, like=layer))
+            matrices |= layer.on_host(read_share(rule, source, self._place, like=layer, memory=HostMemory()))
         return OtherModel(copy, matrices)
 
     def save(self, folder: Path, *, with_optimizer: bool = True) -> None:
@@ -326,8 +327,3 @@ class MegatronTrainer(BackendTrainer):
 
     def _gradient_buffers(self) -> list[Tensor]:
         return [buffer.grad_data for buffer in self._ddp.buffers]
-
-
-def tensor_place(config: Architecture, layout: ParallelLayout) -> TensorPlace:
-    """Return which share of the model this rank holds; after `join_groups`."""
-    return TensorPlace(model=config, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=layout.tp)

@@ -17,20 +17,22 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 
 from qwench.algorithms.columns import MicroBatch, on_device
 from qwench.algorithms.support import Support
-from qwench.checkpoints.formats.sources import TensorReader
+from qwench.checkpoints.formats.sources import PartReader
 from qwench.config.layout import ParallelLayout
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture, refuse_output_biases
-from qwench.models.megatron_names import WeightRule, rules, to_megatron, tp_shard
+from qwench.models.megatron_names import WeightRule, rules, to_megatron
+from qwench.models.parts import HostMemory
 from qwench.training.megatron.context_parallel import SequenceSplit, gather_results, split_sequences
 from qwench.training.megatron.groups import is_first_stage, is_last_stage
 from qwench.training.megatron.layers import PackedTokens, block_spec, uses_varlen_kernel
 from qwench.training.megatron.log_probs import VocabShard, parallel_log_probs
+from qwench.training.megatron.tensor_place import TensorPlace
 from qwench.training.megatron.weights import HeldWeight
 
 
@@ -262,27 +264,37 @@ def tied_head(model: PolicyModel, architecture: Architecture) -> list[tuple[Weig
 
 
 @torch.no_grad()
-def load_weights(model: PolicyModel, source: TensorReader, architecture: Architecture, layout: ParallelLayout) -> None:
-    """Copy this rank's share of a checkpoint into the stage, in its dtype; every rank reads for itself.
+def load_weights(model: PolicyModel, source: PartReader, architecture: Architecture, layout: ParallelLayout) -> None:
+    """Copy this rank's share of a checkpoint into the stage, in its dtype; every rank reads its own, one weight at a time.
 
     Raises:
         ConfigError: a tensor has another shape than config.json implies.
     """
+    place, memory = tensor_place(architecture, layout), HostMemory()
     for rule, parameter in [*local_parameters(model, architecture), *tied_head(model, architecture)]:
-        parameter.copy_(read_share(rule, source, architecture, layout, like=parameter))
+        memory.clear()
+        parameter.copy_(read_share(rule, source, place, like=parameter, memory=memory))
 
 
-def read_share(
-    rule: WeightRule, source: TensorReader, architecture: Architecture, layout: ParallelLayout, *, like: HeldWeight
-) -> Tensor:
+def tensor_place(architecture: Architecture, layout: ParallelLayout) -> TensorPlace:
+    """Return which share of the model this rank holds; after `join_groups`."""
+    return TensorPlace(model=architecture, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=layout.tp)
+
+
+def read_share(rule: WeightRule, source: PartReader, place: TensorPlace, *, like: HeldWeight, memory: HostMemory) -> Tensor:
     """Return this tensor-parallel rank's share of a weight of a checkpoint, on the device and in the shape of `like`.
+
+    On the host it may lie in `memory`.
 
     Raises:
         ConfigError: see `load_weights`.
     """
-    # On the device: the host would take new memory for each tensor that is put together or cut.
-    whole = to_megatron(rule, [source.read(name).to(like.device) for name in rule.hf_names], architecture)
-    share = tp_shard(rule, whole, parallel_state.get_tensor_model_parallel_rank(), layout.tp)
+    parts = place.hf_parts(rule, like.shape)
+    # Put together on the device: the host would take new memory.
+    read = [source.read_part(name, part, memory).to(like.device) for name, part in zip(rule.hf_names, parts, strict=True)]
+    share = to_megatron(rule, read, place.share_of_model)
+    if rule.kind == "vocab":
+        share = pad(share, (0, 0, 0, like.shape[0] - (parts[0].stop - parts[0].start)))
     if share.shape != like.shape:
         raise ConfigError(
             f"{', '.join(rule.hf_names)} of the checkpoint make {list(share.shape)} on one rank, but config.json implies "

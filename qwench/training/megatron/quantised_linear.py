@@ -10,7 +10,6 @@ rank has whole blocks of it: `config.plan` refuses layouts that cut them. A proj
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,9 +37,9 @@ class QuantisedLinear(nn.Module):
         assert section.lora_base != "auto", "a base in the training dtype keeps megatron-core's layers"
         self.sequence_parallel: bool = layer.sequence_parallel
         self.bias = layer.bias
-        self._is_row, self._groups = rule.tp_dim == 1, place.model.num_kv_heads // place.tp_size
+        own = place.share_of_model
+        self._is_row, self._groups = rule.tp_dim == 1, own.num_kv_heads
         self._kind = rule.kind
-        own = replace(place.model, num_heads=place.model.num_heads // place.tp_size, num_kv_heads=self._groups)
         form = section.lora_base
         self._parts = [
             FrozenMatrix(part, form if name.split(".")[-2] in section.targets else None)

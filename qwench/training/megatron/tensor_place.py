@@ -1,4 +1,4 @@
-"""The place of a rank's share of a weight in a torch_dist checkpoint; pure numbers.
+"""The place of a rank's share of a weight in checkpoints, torch_dist and Hugging Face's; pure numbers.
 
 checkpoint tensor   [layers, rows, columns], one for all layers      `WeightRule.checkpoint_key`
 local tensor        rows or columns of one layer                     a tensor-parallel shard
@@ -7,8 +7,9 @@ flat range          of the local tensor                              a data-para
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from qwench.checkpoints.formats.pieces import Piece, rectangles
 from qwench.models.architecture import Architecture
 from qwench.models.megatron_names import WeightRule
+from qwench.models.parts import Part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +27,27 @@ class TensorPlace:
     model: Architecture
     tp_rank: int = 0
     tp_size: int = 1
+
+    @property
+    def share_of_model(self) -> Architecture:
+        """Return the model with the attention heads of this rank alone."""
+        heads, kv_heads = (number // self.tp_size for number in (self.model.num_heads, self.model.num_kv_heads))
+        return replace(self.model, num_heads=heads, num_kv_heads=kv_heads)
+
+    def hf_parts(self, rule: WeightRule, local_shape: Sequence[int]) -> list[Part]:
+        """Return the parts of the Hugging Face tensors which, put together in `share_of_model`, are the local tensor.
+
+        Rows that pad the vocabulary belong to no part.
+        """
+        dim, rank = rule.tp_dim or 0, 0 if rule.tp_dim is None else self.tp_rank
+        sizes = [local_shape[dim]]
+        if rule.kind == "gate_up":
+            sizes = [local_shape[0] // 2] * 2
+        if rule.kind == "qkv":
+            own = self.share_of_model
+            sizes = [number * own.head_dim for number in (own.num_heads, own.num_kv_heads, own.num_kv_heads)]
+        end = self.model.vocab_size if rule.kind == "vocab" else sys.maxsize
+        return [Part(start=min(rank * size, end), stop=min((rank + 1) * size, end), dim=dim) for size in sizes]
 
     def stored_shape(self, rule: WeightRule, local_shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of the checkpoint tensor, given that of the local one."""

@@ -22,6 +22,7 @@ from qwench.models.hf import architecture_of, load_hf_config, load_model, write_
 from qwench.models.hf_weights import is_fp8_checkpoint
 from qwench.models.made.qwen3 import make_checkpoint
 from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.parts import HostMemory, Part
 
 
 def e4m3_values() -> list[float]:
@@ -148,6 +149,8 @@ def test_training_reads_an_fp8_folder_as_what_it_stands_for(folders):
                     expected[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128] *= scale[i, j]
         assert torch.equal(parameter, expected)
         assert torch.equal(source.read(name), expected.bfloat16()) and source.specs[name].dtype == torch.bfloat16
+        for part in (Part(start=60, stop=190, dim=dim) for dim in range(expected.ndim)):
+            assert torch.equal(source.read_part(name, part, HostMemory()), part.of(expected.bfloat16()))
 
 
 def test_an_export_of_a_run_that_started_from_fp8_is_plain(folders, tmp_path):

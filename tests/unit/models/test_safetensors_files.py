@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwench.errors import CheckpointError
+from qwench.models.parts import Part
 from qwench.models.safetensors_files import SafetensorsWriter, TensorSpec, find_tensors, is_equal, read_header, read_tensor
 
 TENSORS = {
@@ -37,6 +39,24 @@ def test_tensors_are_read_bit_by_bit(tmp_path: Path) -> None:
         read = read_tensor(found[name])
         assert read.shape == tensor.shape
         assert torch.equal(read.view(torch.uint8), tensor.view(torch.uint8))
+
+
+@pytest.mark.parametrize("part", [Part(start=1, stop=3), Part(start=1, stop=3, dim=1), Part(start=2, stop=2)], ids=str)
+def test_a_part_is_read_bit_by_bit(tmp_path: Path, part: Part) -> None:
+    tensors = {"a": torch.arange(24.0).view(4, 3, 2), "b": torch.arange(12).bfloat16().view(4, 3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for name, stored in find_tensors(tmp_path).items():
+        read = read_tensor(stored, part)
+        assert read.is_contiguous() and read.tolist() == part.of(tensors[name]).tolist()
+
+
+def test_a_part_of_a_file_that_became_shorter_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    found = find_tensors(tmp_path)["a"]
+    os.truncate(tmp_path / "model.safetensors", (tmp_path / "model.safetensors").stat().st_size - 1)
+    assert read_tensor(found, Part(start=0, stop=3, dim=1)).tolist() == [[0.0] * 3] * 4, "the last column is not read"
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has become shorter while it was read"):
+        read_tensor(found, Part(start=3, stop=4))
 
 
 def test_tensors_are_equal_by_dtype_shape_and_bytes(tmp_path: Path) -> None:

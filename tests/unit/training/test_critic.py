@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwench.models.parts import HostMemory, Part
 from qwench.training.critic import Critic, NewHead
 from qwench.training.trainer import Trainer
 from tests.unit.config.architectures import QWEN3_4B
@@ -95,6 +96,12 @@ def test_a_new_head_scores_every_context_with_zero_and_keeps_the_decoder() -> No
             assert name != "lm_head.weight", "a language model's head has another shape"
             return torch.ones(3)
 
+        def read_part(self, name: str, part: Part, memory: HostMemory) -> Tensor:
+            return part.of(self.read(name))
+
     weights = NewHead(Ones(), QWEN3_4B.as_critic())
     assert torch.equal(weights.read("lm_head.weight"), torch.zeros(1, 2560))
     assert weights.read("model.norm.weight").tolist() == [1.0, 1.0, 1.0]
+    part, memory = Part(start=0, stop=1), HostMemory()
+    assert torch.equal(weights.read_part("lm_head.weight", part, memory), torch.zeros(1, 2560))
+    assert weights.read_part("model.norm.weight", part, memory).tolist() == [1.0]

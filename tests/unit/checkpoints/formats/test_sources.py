@@ -28,6 +28,7 @@ from qwench.checkpoints.formats.sources import find_checkpoint, fingerprint, ope
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.hf import architecture_of
 from qwench.models.megatron_names import rules, to_megatron
+from qwench.models.parts import HostMemory, Part
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 CONFIG = Qwen3Config(
@@ -90,6 +91,9 @@ def assert_gives(folder: Path, weights: dict[str, Tensor]) -> None:
         tensor = source.read(name)
         assert tensor.is_contiguous() and tensor.dtype == spec.dtype and tuple(tensor.shape) == spec.shape
         assert torch.equal(tensor, weights[name].to(spec.dtype)), name
+        end = tensor.shape[0]
+        for part in (Part(start=end, stop=end), *(Part(start=1, stop=3, dim=dim) for dim in range(tensor.ndim))):
+            assert torch.equal(source.read_part(name, part, HostMemory()), part.of(tensor)), (name, part)
 
 
 def test_all_formats_give_the_weights(tmp_path: Path, weights: dict[str, Tensor]) -> None:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core import parallel_state
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from qwench.checkpoints.formats.sources import HfWeights
 from qwench.config.layout import ParallelLayout
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
-from qwench.models.megatron_names import WeightRule, rules
+from qwench.models.megatron_names import WeightRule, rules, to_megatron, tp_shard
+from qwench.models.parts import HostMemory
+from qwench.models.safetensors_files import find_tensors
 from qwench.training.megatron import model
 from qwench.training.megatron.optimizer import _groups
+from qwench.training.megatron.tensor_place import TensorPlace
 from tests.fakes.sections import adamw
 from tests.unit.config.architectures import QWEN3_4B
 
@@ -115,18 +123,50 @@ def test_the_last_of_several_stages_has_a_copy_of_a_tied_embedding(first: bool, 
     assert model.tied_head(stage, QWEN3_4B) == ([(vocab, weight)] if held else [])
 
 
-def test_a_rank_takes_its_rows_of_a_weight_and_refuses_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda: 1)
+def test_a_rank_takes_its_rows_of_a_weight_and_refuses_another_shape() -> None:
     rule = WeightRule(megatron_name="w", hf_names=("a",), checkpoint_key="w", tp_dim=0)
-    source = SimpleNamespace(read=lambda name: torch.arange(8.0).view(4, 2))
+    source = SimpleNamespace(read_part=lambda name, part, memory: part.of(torch.arange(8.0).view(4, 2)))
+    place = TensorPlace(model=QWEN3_4B, tp_rank=1, tp_size=2)
 
     def share(like: Tensor) -> Tensor:
-        return model.read_share(rule, source, QWEN3_4B, LAYOUT, like=like)
+        return model.read_share(rule, source, place, like=like, memory=HostMemory())
 
     assert share(torch.zeros(2, 2)).tolist() == [[4.0, 5.0], [6.0, 7.0]]
-    message = r"^a of the checkpoint make \[2, 2\] on one rank, but config.json implies \[3, 2\]; the files belong to another"
+    message = r"^a of the checkpoint make \[1, 2\] on one rank, but config.json implies \[3, 2\]; the files belong to another"
     with pytest.raises(ConfigError, match=message):
         share(torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_the_ranks_read_each_byte_of_a_split_weight_once(tp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(
+        QWEN3_4B, num_layers=1, hidden_size=8, ffn_hidden_size=12, num_heads=8, num_kv_heads=4, head_dim=2, vocab_size=9,
+        tied_head=False, qkv_bias=True,
+    )  # fmt: skip
+    draw = torch.Generator().manual_seed(0)
+    whole = {name: torch.randn(shape, generator=draw) for name, shape in small.parameter_shapes().items()}
+    save_file(whole, tmp_path / "model.safetensors")
+    source, places = HfWeights(tmp_path, small), find_tensors(tmp_path)
+    read: Counter[int] = Counter()
+    preadv = os.preadv
+
+    def counted(file: int, buffers: Sequence[memoryview], at: int) -> int:
+        read.update(range(at, at + (count := preadv(file, buffers, at))))
+        return count
+
+    monkeypatch.setattr(os, "preadv", counted)
+    memory = HostMemory()
+    for rule in rules(small):
+        read.clear()
+        joined = to_megatron(rule, [whole[name] for name in rule.hf_names], small)
+        for rank in range(tp):
+            memory.clear()
+            expected = tp_shard(rule, joined, rank, tp)
+            place = TensorPlace(model=small, tp_rank=rank, tp_size=tp)
+            assert torch.equal(model.read_share(rule, source, place, like=expected, memory=memory), expected), rule
+        times = tp if rule.tp_dim is None else 1
+        stored = [places[name] for name in rule.hf_names]
+        assert read == {at: times for one in stored for at in range(one.begin, one.begin + one.spec.nbytes)}, rule
 
 
 def test_vectors_are_not_decayed_and_matrices_of_muon_are_apart() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from qwench.config.sections.lora import LoraConfig
 from qwench.models.megatron_names import rules
 from qwench.training.megatron.quantised_linear import QuantisedLinear, join
+from qwench.training.megatron.tensor_place import TensorPlace
 from tests.unit.config.architectures import QWEN3_4B
 
 MODEL = replace(QWEN3_4B, hidden_size=6, ffn_hidden_size=10, num_heads=8, num_kv_heads=4, head_dim=2)
@@ -24,7 +25,7 @@ def layer_of(name: str, *, targets: str) -> tuple[QuantisedLinear, nn.Parameter]
     weight = nn.Parameter(torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)))
     layer = SimpleNamespace(sequence_parallel=False, bias=None, weight=weight)
     section = LoraConfig(lora_rank=2, lora_base="fp8", target_modules=targets)
-    return QuantisedLinear(layer, rule, SimpleNamespace(model=MODEL, tp_size=2), section), weight
+    return QuantisedLinear(layer, rule, TensorPlace(model=MODEL, tp_size=2), section), weight
 
 
 @pytest.mark.parametrize("name", ["linear_qkv.weight", "linear_fc1.weight", "linear_proj.weight"])
