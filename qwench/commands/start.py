@@ -21,7 +21,7 @@ from qwench.config.memory_fit import engine_weight_bytes
 from qwench.config.named_files import check_checkpoint
 from qwench.config.plan import BFLOAT16_BYTES, RunPlan, train_dtype
 from qwench.config.plan_lines import plan_lines
-from qwench.config.report import PARSER_SETTINGS, settings_by_section
+from qwench.config.report import PARSER_SETTINGS, as_typed, settings_by_section
 from qwench.data.rows import check_first_row
 from qwench.errors import ConfigError
 from qwench.hub import data_files, find_reference, model_folder
@@ -138,7 +138,7 @@ def _show(config: Config, plan: RunPlan) -> None:
         if changed:
             console.print(Text(section, style="bold"))
         for setting in changed:
-            console.print(Text(f"  {setting.flag} {setting.value}"))
+            console.print(Text(f"  {as_typed(setting)}"))
     console.print(Text("plan", style="bold"))
     for line in plan_lines(config, plan):
         console.print(Text(f"  {line}"))

@@ -97,7 +97,7 @@ def _engines(devices: DevicePlan) -> str:
 
 def _micro_batches(plan: RunPlan) -> str:
     if plan.micro_batch_tokens is not None:
-        return f"packed up to {plan.micro_batch_tokens} tokens, as many on each of the {plan.dp_size} DP ranks"
+        return f"packed up to {plan.micro_batch_tokens} tokens, the same number on each of the {plan.dp_size} DP ranks"
     per_rank = -(-plan.batch.global_batch_size // (plan.micro_batch_size * plan.dp_size))
     return f"{per_rank} of {plan.micro_batch_size} samples in each step on each of the {plan.dp_size} DP ranks"
 

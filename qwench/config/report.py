@@ -52,6 +52,12 @@ def settings_by_section(config: Config) -> dict[str, list[Setting]]:
     return shown
 
 
+def as_typed(setting: Setting) -> str:
+    """Return a setting as the command line has it; `--sglang-args --page-size 4` is `--sglang-page-size 4` there."""
+    prefix = _PASSED_THROUGH.get(setting.flag[2:].replace("-", "_"))
+    return f"{setting.flag} {setting.value}" if prefix is None else re.sub("(^| )--", rf"\1--{prefix}", setting.value)
+
+
 def flag_values(config: Config) -> dict[str, str]:
     """Return every flag with its value as text; secrets are left out."""
     settings = (setting for section in settings_by_section(config).values() for setting in section)

@@ -294,7 +294,7 @@ def test_the_plan_states_the_identities_with_their_numbers():
         "computation: 24.1 GFLOP a trained token, without attention",
     ]
     packed = Config(rollout=BATCH, training=TrainingConfig(use_dynamic_batch_size=True, max_tokens_per_gpu=100))
-    assert "micro-batches: packed up to 100 tokens, as many on each of the 1 DP ranks" in plan_lines(
+    assert "micro-batches: packed up to 100 tokens, the same number on each of the 1 DP ranks" in plan_lines(
         packed, plan_run(packed, QWEN3_4B)
     )
 

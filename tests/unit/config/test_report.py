@@ -3,7 +3,7 @@ import yaml
 
 from qwench.config.command_line.parse import parse_run
 from qwench.config.config import Config
-from qwench.config.report import Setting, as_yaml, flag_values, settings_by_section
+from qwench.config.report import Setting, as_typed, as_yaml, flag_values, settings_by_section
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.engine import EngineConfig
@@ -25,6 +25,9 @@ def test_every_section_is_shown_and_what_was_changed_is_marked():
         Setting(flag="--n-samples-per-prompt", value="8", is_default=False),
         Setting(flag="--sglang-args", value="--x 1", is_default=False),
     ]
+    assert [as_typed(setting) for setting in changed[-2:]] == ["--n-samples-per-prompt 8", "--sglang-x 1"]
+    both = Setting(flag="--router-args", value="--policy a-b --port 1", is_default=False)
+    assert as_typed(both) == "--router-policy a-b --router-port 1"
 
 
 def test_a_key_is_never_shown():
