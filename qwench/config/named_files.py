@@ -38,6 +38,12 @@ def check_checkpoint(model: ModelConfig) -> None:
             f"--hf-checkpoint: {folder} is a LoRA adapter; merge it into its base model with qwench convert first"
         )
     if not (folder / "config.json").is_file():
+        if folder.name.startswith("iter_") or any(folder.glob("iter_*")):
+            raise ConfigError(
+                f"--hf-checkpoint: {folder} is a checkpoint of training; "
+                f"`qwench convert --input {folder} --to hf --hf-checkpoint MODEL --output {folder}-hf` "
+                "exports it, where MODEL is the --hf-checkpoint of that run"
+            )
         others = "; it holds GGUF files, which are not read" if any(folder.glob("*.gguf")) else ""
         raise ConfigError(f"--hf-checkpoint: {folder} has no config.json{others}; is it a Hugging Face checkpoint?")
     _check_model_type(folder / "config.json")

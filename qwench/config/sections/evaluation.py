@@ -17,8 +17,8 @@ class EvalConfig:
     eval_interval: int | None = None
     """Evaluate every this many rollouts, and before the first. None: before the first and after the last."""
     eval_prompt_data: tuple[str, ...] = ()
-    """Evaluation sets as pairs of name and file, for example aime /data/aime-2024.jsonl gsm8k /data/test.jsonl. qwench sft
-    logs the loss per token on their conversations."""
+    """Evaluation sets as pairs of name and file, for example aime /data/aime-2024.jsonl gsm8k /data/test.jsonl. A file
+    without a name is called aime, as in slime. qwench sft logs the loss per token on their conversations."""
     eval_config: Path | None = None
     """YAML file that lists evaluation sets with their own columns, reward and sampling. Use instead of --eval-prompt-data."""
     n_samples_per_eval_prompt: int = 1

@@ -61,6 +61,19 @@ def test_files_that_are_not_there_are_refused(files, extra, message):
     assert str(caught.value).startswith(message.replace("{}", str(files)))
 
 
+@pytest.mark.parametrize("name", ["run", "run/iter_0000002"])
+def test_a_checkpoint_of_training_is_told_from_a_model_with_the_command_that_exports_it(files, name):
+    (files / "run" / "iter_0000002").mkdir(parents=True)
+    folder = files / name
+    with pytest.raises(ConfigError) as refused:
+        parse_run("train", [*flat(words_of(files)), "--hf-checkpoint", str(folder)])
+    assert str(refused.value) == (
+        f"--hf-checkpoint: {folder} is a checkpoint of training; "
+        f"`qwench convert --input {folder} --to hf --hf-checkpoint MODEL --output {folder}-hf` "
+        "exports it, where MODEL is the --hf-checkpoint of that run"
+    )
+
+
 def test_an_empty_load_is_a_fresh_start_with_a_reference_or_when_it_is_the_folder_to_save_to(files):
     words = [*flat(words_of(files)), "--load", str(files / "absent")]
     assert parse_run("train", [*words, "--ref-load", str(files / "model")]).checkpoint.load == files / "absent"
