@@ -8,12 +8,14 @@ import os
 import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from qwench.checkpoints.best import read_best
-from qwench.checkpoints.folders import hf_folder
+from qwench.checkpoints.folders import hf_folder, starting_weights
 from qwench.checkpoints.formats.iterations import Iterations
+from qwench.checkpoints.formats.sources import find_format
 from qwench.config.plan_lines import adapter_line
 from qwench.launch.inputs import Inputs
 from qwench.launch.outputs import tensorboard_folder
@@ -163,11 +165,26 @@ def _end_facts(inputs: Inputs) -> dict[str, str]:
     export = None if checkpoint.save_hf is None else hf_folder(checkpoint.save_hf, last - checkpoint.number(1))
     if best is None and export is not None and export.is_dir():
         return facts | {"exported": str(export), NEXT: shlex.join(["qwench", "serve", "--hf-checkpoint", str(export)])}
-    convert = ["qwench", "convert", "--input", str(checkpoint.save), "--to", "hf"]
-    base, output = str(inputs.model_folder), f"{checkpoint.save}-hf"
-    if best is not None:
-        convert += ["--ckpt-step", str(best.iteration)]
-    return facts | {NEXT: shlex.join([*convert, "--hf-checkpoint", base, "--output", output])}
+    chosen = [] if best is None else ["--ckpt-step", str(best.iteration)]
+    base, before = _base_of_export(inputs)
+    return facts | {NEXT: before + _conversion(checkpoint.save, *chosen, base=base, output=f"{checkpoint.save}-hf")}
+
+
+def _base_of_export(inputs: Inputs) -> tuple[str, str]:
+    """Return the model folder that an export needs, and the command that makes it for adapters of another checkpoint."""
+    checkpoint, folder = inputs.config.checkpoint, str(inputs.model_folder)
+    started = starting_weights(checkpoint) if inputs.config.lora.enabled else None
+    if started is None:
+        return folder, ""
+    if find_format(started) == "hf":
+        return str(started), ""
+    base = f"{checkpoint.ref_load}-hf"
+    return base, _conversion(started, base=folder, output=base) + " && "
+
+
+def _conversion(source: Path, *words: str, base: str, output: str) -> str:
+    convert = ["qwench", "convert", "--input", str(source), "--to", "hf", *words]
+    return shlex.join([*convert, "--hf-checkpoint", base, "--output", output])
 
 
 def describe_model(inputs: Inputs) -> str:

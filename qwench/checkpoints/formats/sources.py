@@ -187,11 +187,11 @@ def open_weights(folder: Path, model: Architecture) -> StoredWeights:
 
 
 def fingerprint(source: WeightSource) -> str:
-    """Return a checksum of two matrices, in float32, by which a model is known again in any folder and dtype."""
+    """Return a checksum of two matrices, rounded to bfloat16: a model is known again in any folder, in float32 or bfloat16."""
     names = [name for name in source.specs if name.endswith("k_proj.weight")]
     checksum = 0
     for name in dict.fromkeys((names[0], names[-1])):
-        checksum = zlib.crc32(as_bytes(source.read(name).float()), checksum)
+        checksum = zlib.crc32(as_bytes(source.read(name).bfloat16().float()), checksum)
     return f"{checksum:08x}"
 
 

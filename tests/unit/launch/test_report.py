@@ -21,6 +21,7 @@ from qwench.config.sections.critic import CriticConfig
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.logging import LoggingConfig
+from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.training import TrainingConfig
@@ -100,10 +101,11 @@ def test_a_critic_with_gpus_of_its_own_takes_no_turns():
     )
 
 
-def end_of(checkpoint: CheckpointConfig, *, only_rollouts: bool = False) -> dict[str, str]:
+def end_of(checkpoint: CheckpointConfig, *, only_rollouts: bool = False, lora_rank: int | None = None) -> dict[str, str]:
     """Return what a finished run says that it has left."""
+    lora = LoraConfig(lora_rank=lora_rank)
     debug = DebugConfig(debug_rollout_only=only_rollouts)
-    config = Config(rollout=RolloutConfig(rollout_batch_size=8, num_rollout=3), checkpoint=checkpoint, debug=debug)
+    config = Config(rollout=RolloutConfig(rollout_batch_size=8, num_rollout=3), checkpoint=checkpoint, debug=debug, lora=lora)
     inputs = inputs_of(config)
     report = start_report(inputs, "9 rows")
     inputs.console.events.clear()
@@ -137,6 +139,25 @@ def test_the_end_says_what_is_left_and_what_to_type_next(tmp_path):
         "best": f"{save}/iter_0000002 (eval/a 0.1235)",
         "next": f"{convert} --ckpt-step 2 {base}",
     }
+
+
+def test_adapters_of_another_base_are_merged_into_that_base(tmp_path):
+    save, sft, hf = (tmp_path / name for name in ("save", "sft", "hf"))
+    for folder in (save, sft):
+        Iterations(folder).begin(1)
+        Iterations(folder).complete(1)
+    (sft / "iter_0000001" / "model").mkdir()
+    (sft / "iter_0000001" / "model" / ".metadata").touch()
+    hf.mkdir()
+    (hf / "config.json").touch()
+    merge = f"qwench convert --input {save} --to hf --hf-checkpoint {{}} --output {save}-hf"
+    export = f"qwench convert --input {sft}/iter_0000001 --to hf --hf-checkpoint model --output {sft}-hf"
+    for base, rank, said in (
+        (hf, 4, merge.format(hf)),
+        (sft, 4, f"{export} && {merge.format(f'{sft}-hf')}"),
+        (sft, None, merge.format("model")),
+    ):
+        assert end_of(CheckpointConfig(save=save, ref_load=base), lora_rank=rank)["next"] == said
 
 
 class Sink:
