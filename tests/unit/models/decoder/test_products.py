@@ -26,6 +26,21 @@ def test_rows_times_a_matrix_are_the_sums_of_float64(onednn: bool, num_rows: int
     torch.testing.assert_close(halves.double(), x.bfloat16().double() @ weight.bfloat16().double().T, rtol=2**-7, atol=0.5)
 
 
+def test_rows_of_every_number_reach_onednn_in_few_shapes(monkeypatch: pytest.MonkeyPatch):
+    shapes = set()
+
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        shapes.add(len(x))
+        return torch.nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(products, "_onednn", product)
+    x, weight = torch.randn(1100, 64, generator=torch.Generator().manual_seed(0)), torch.eye(64).repeat(1024, 1)
+    for num_rows in (64, 65, 512, 513, 1025, 1100):
+        assert torch.equal(products.linear(x[:num_rows], weight), x[:num_rows].repeat(1, 1024))
+    assert shapes == {16, 64, 80, 512}
+
+
 @pytest.mark.parametrize(
     ("vendor", "capability", "expected"),
     [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
