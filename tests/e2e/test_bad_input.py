@@ -100,9 +100,6 @@ def test_wrong_value_is_refused(
         ({"eval_function_path": "nowhere.evaluate"}, "cannot be imported"),
         ({"freeze_params_name_list": "linear_qkv"}, "'linear_qkv' matches no parameter of the model"),
         ({"embedded_kv_cache_tokens": 16}, "longer than the limit of 15"),
-        ({"attn_implementation": "flash_attention_3"}, "use --attn-implementation sdpa"),
-        ({"attn_implementation": "cudnn", "train_dtype": "bfloat16"}, "use --attn-implementation sdpa"),
-        ({"train_backend": "megatron", "transformer_impl": "transformer_engine"}, "--train-backend megatron needs a GPU"),
         (
             {"rollout_engine": "sglang", "sglang_no_such_flag": 3, "deterministic_mode": None},
             "unknown flag --sglang-no-such-flag",
@@ -132,6 +129,24 @@ def test_a_dry_run_refuses_what_a_start_refuses_and_neither_writes(
     assert dry == (code, error) and code == 2 and said in error, (dry, code, error)
     assert not (tmp_path / "run").exists()
     assert [path.name for path in occupied.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"attn_implementation": "flash_attention_3"}, "use --attn-implementation sdpa"),
+        ({"attn_implementation": "cudnn", "train_dtype": "bfloat16"}, "use --attn-implementation sdpa"),
+        ({"train_backend": "megatron", "transformer_impl": "transformer_engine"}, "--train-backend megatron needs a GPU"),
+    ],
+)
+def test_a_run_that_only_gpus_run_is_planned_on_a_cpu_and_refused_at_its_start(
+    flags: dict[str, object], said: str, inputs: Workspace, tmp_path: Path, in_process: InProcess
+) -> None:
+    argv = inputs.train_argv(save=tmp_path / "run", **flags)
+    assert in_process([*argv, "--dry-run"])[0] == 0
+    code, error = in_process(argv)
+    assert code == 2 and said in error
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
