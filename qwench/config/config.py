@@ -105,6 +105,12 @@ class Config:
         return alone and self.cluster.shares_devices and self.engine.facts.runs_in_process
 
     @property
+    def keeps_requests(self) -> bool:
+        """Tell whether publications change the weights of engines that have requests; adapters come apart from the weights."""
+        is_kept = self.asynchronous.fully_async and self.asynchronous.pause_generation_mode != "abort"
+        return is_kept and not self.training.deterministic_mode and self.lora.lora_publish != "adapter"
+
+    @property
     def backend(self) -> Literal["megatron", "fsdp"]:
         """Return the training backend: the one given, or the one the layout needs."""
         return self.training.train_backend or ("megatron" if self.parallel.layout.model_ranks > 1 else "fsdp")

@@ -17,6 +17,7 @@ from qwench.config.config import Config
 from qwench.config.sglang_flags import unknown_sglang_flag
 from qwench.errors import ConfigError
 
+_PREFIXES_ON_HOST = "--enable-hierarchical-cache"
 _LOW_FIRST = "--schedule-low-priority-values-first"
 
 
@@ -106,6 +107,16 @@ def engines_divide_gpus(config: Config) -> str | None:
 def sglang_flags_are_known(config: Config) -> str | None:
     """The installed SGLang checks its own flags; for the embedded engine a spelling mistake would pass unseen."""
     return unknown_sglang_flag(config.engine.sglang_args) if config.engine.facts.reads_embedded_flags else None
+
+
+def prefixes_do_not_outlive_weights(config: Config) -> str | None:
+    """A publication under requests cannot drop SGLang's prefixes, so that its servers start without any."""
+    if config.keeps_requests and config.engine.kind == "sglang" and _PREFIXES_ON_HOST in config.engine.sglang_args:
+        return (
+            f"--sglang-{_PREFIXES_ON_HOST[2:]} would keep prefixes of old weights with --pause-generation-mode "
+            f"{config.asynchronous.pause_generation_mode}; leave it out, or give --pause-generation-mode abort"
+        )
+    return None
 
 
 def deterministic_engines_are_ours(config: Config) -> str | None:

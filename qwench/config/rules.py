@@ -10,6 +10,7 @@ from qwench.config.engine_choice import (
     deterministic_engines_are_ours,
     engines_divide_gpus,
     evaluations_beside_training_have_engines,
+    prefixes_do_not_outlive_weights,
     sglang_flags_are_known,
 )
 from qwench.config.layout import CRITIC_RANKS, POLICY_RANKS, data_parallel_size
@@ -314,6 +315,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     the_best_checkpoint_is_measured,
     an_export_replaces_nothing_else,
     sglang_flags_are_known,
+    prefixes_do_not_outlive_weights,
     deterministic_engines_are_ours,
     asynchronous_rollouts_never_end,
     a_critic_has_its_method,

@@ -76,7 +76,7 @@ def server_order(inputs: Inputs, *, token: str, with_weights: bool, on_gpus: boo
         deterministic=config.training.deterministic_mode,
         adapter=_published_adapter(inputs),
         ranks_requests=config.evaluation.eval_low_priority,
-        keeps_requests=_keeps_requests(config),
+        keeps_requests=config.keeps_requests,
         token=token,
     )
 
@@ -222,7 +222,7 @@ def _reach_external(inputs: Inputs, loop: EventLoopThread) -> list[Member]:
         sizes={"vocab_size": model.vocab_size, "hidden_size": model.hidden_size, "num_hidden_layers": model.num_layers},
         encode=lambda text: inputs.tokenizer.encode(text, add_special_tokens=False),
         ranks_requests=config.evaluation.eval_low_priority,
-        keeps_requests=_keeps_requests(config),
+        keeps_requests=config.keeps_requests,
         context_len=config.rollout.rollout_max_context_len,
     )
 
@@ -268,12 +268,6 @@ def make_publisher(
         timeout_s=inputs.config.timeouts.update_weights_timeout,
     )
     return Publisher(model, engines, plan, gpus=gpus, timer=timer)
-
-
-def _keeps_requests(config: Config) -> bool:
-    """Tell whether publications change the weights of engines that have requests; adapters come apart from the weights."""
-    is_kept = config.asynchronous.fully_async and config.asynchronous.pause_generation_mode != "abort"
-    return is_kept and not config.training.deterministic_mode and config.lora.lora_publish != "adapter"
 
 
 def _published_adapter(inputs: Inputs) -> AdapterConfig | None:

@@ -1,4 +1,5 @@
 import inspect
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -297,3 +298,13 @@ def test_flags_of_sglang_pass_by_their_names_and_their_other_names():
         "--disable-radix-cache",
     )
     check_rules(Config(engine=EngineConfig(sglang_args=words)))
+
+
+def test_prefixes_on_the_host_would_outlive_publications_under_requests():
+    engine = EngineConfig(sglang_args=("--enable-hierarchical-cache",), rollout_engine="sglang")
+    cluster = ClusterConfig(rollout_num_gpus=1)
+    config = Config(engine=engine, cluster=cluster, asynchronous=AsyncConfig(fully_async=True))
+    with pytest.raises(ConfigError, match=r"--sglang-enable-hierarchical-cache .* retract; leave it out"):
+        check_rules(config)
+    check_rules(replace(config, asynchronous=AsyncConfig(fully_async=True, pause_generation_mode="abort")))
+    check_rules(replace(config, asynchronous=AsyncConfig()))
