@@ -1,7 +1,7 @@
 """Products of float32 rows with a weight matrix on a CPU, by the faster of PyTorch's two libraries.
 
-MKL runs on AMD's processors without AVX-512; oneDNN uses it. On two cores of an EPYC (Zen 5) it takes half of MKL's time,
-and about 20 us more a call. On Intel's Xeons MKL is as fast or faster.
+MKL runs on AMD's processors without AVX-512; oneDNN uses it. On two cores of an EPYC (Zen 5) it takes half of MKL's time
+for large matrices, and about 20 us more a call. On Intel's Xeons MKL is as fast or faster.
 
 PyTorch keeps what oneDNN prepares for the last 1,024 shapes, each with memory of its own that grows with the rows. So rows go
 in parts of few shapes.
