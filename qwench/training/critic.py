@@ -21,6 +21,7 @@ from qwench.algorithms.method import Method
 from qwench.checkpoints.formats.sources import PartReader
 from qwench.models.architecture import Architecture
 from qwench.models.parts import HostMemory, Part
+from qwench.training.offload import release_cache
 from qwench.training.passes import Passes
 from qwench.training.trainer import Trainer
 
@@ -62,8 +63,7 @@ class Critic:
 def _send_to_sleep(trainer: Trainer) -> None:
     """Give its memory back to the device: as blocks of torch's cache it has other sizes than what the other model takes."""
     trainer.sleep()
-    if trainer.device.type == "cuda":
-        torch.cuda.empty_cache()
+    release_cache(trainer.device)
 
 
 def save_critic(critic: Trainer, folder: Path, *, with_optimizer: bool) -> None:

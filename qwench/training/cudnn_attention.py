@@ -103,7 +103,7 @@ class _Attend(torch.autograd.Function):
 
 
 def with_adjacent_heads(values_THK: Tensor) -> Tensor:
-    """Return the values, copied if other heads lie between theirs: cuDNN tests packed sequences without such gaps alone.
+    """Return the values, copied if other heads lie between theirs: cuDNN's tests have packed sequences without such gaps only.
 
     Source: issue 540 of cudnn-frontend.
     """

@@ -17,7 +17,7 @@ from torch import Tensor
 from qwench.training.memory_budget import free_bytes
 
 SCORING_BYTES = 8 << 30
-"""Stay free for a model that scores, whatever its size."""
+"""Device memory that is left free for the temporaries of a model that scores, whatever its size."""
 
 
 class HostCopy:
@@ -127,6 +127,12 @@ def has_room(num_bytes: int, *, free: int) -> bool:
     chunk of logits is some GB for every size. Free memory may lie in pieces, or in the pool of captured graphs.
     """
     return 3 * num_bytes + SCORING_BYTES <= free
+
+
+def release_cache(device: torch.device) -> None:
+    """Give back the memory that torch caches of a GPU, to other processes, or to tensors that do not fit the cached blocks."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def to_host(tensor: Tensor, dtype: torch.dtype, *, for_device: torch.device | None = None) -> Tensor:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from qwench.training.critic import Critic
 from qwench.training.memory_probe import MemoryProbe
+from qwench.training.offload import release_cache
 from qwench.training.reference import BaseModel, PastPolicies, Reference
 from qwench.training.trainer import Scorer, Trainer
 from qwench.weights.broadcast import BroadcastLink
@@ -93,8 +93,7 @@ class TrainingState:
 
     def release_cache(self) -> None:
         """Give other processes the device memory that torch caches."""
-        if self.policy.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_cache(self.policy.device)
 
     def sleep(self) -> None:
         """Move what the next forward does not need at once from the device to the host; torch caches its memory."""

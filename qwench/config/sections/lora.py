@@ -21,9 +21,8 @@ _DEFAULT_ALPHA = 16.0
 LoraInit = Literal["kaiming", "pissa"]
 LoraBase = Literal["auto", "fp8", "nf4"]
 LoraPublish = Literal["merged", "adapter"]
-
-
 MERGE_FIRST = "to evaluate one, merge it by qwench convert --to hf, and give the output as --hf-checkpoint"
+"""Advice for a user who gives an adapter to an evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 RESERVE_BYTES = 2 << 30
-"""Stay free, for libraries and kernels: they cannot take what torch caches."""
+"""Device memory that is left free for libraries and kernels, which cannot take what torch caches."""
 
 
 def lacks(num_bytes: int, *, free: int) -> bool:
