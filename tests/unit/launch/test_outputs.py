@@ -4,24 +4,37 @@ import json
 import logging
 import os
 import tempfile
+import zlib
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from qwench.checkpoints.best import Criterion
 from qwench.config.config import Config
+from qwench.config.plan import plan_run
+from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.debug import DebugConfig
+from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.logging import LoggingConfig
+from qwench.config.sections.lora import LoraConfig
+from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError
 from qwench.files import claim_folder
 from qwench.launch import engines, outputs
-from qwench.launch.outputs import claim_outputs, open_logs, own_results
+from qwench.launch.inputs import Inputs
+from qwench.launch.outputs import claim_outputs, open_logs, own_results, run_identity
 from qwench.observability.dumps import save_rollout
 from qwench.samples import Rollout
+from tests.fakes.console import RecordingConsole
+from tests.fakes.engine import CharTokenizer
 from tests.forked import Forked
+from tests.unit.checkpoints.formats.test_sources import CONFIG, MODEL, write_fsdp, write_hf, write_torch_dist
 from tests.unit.launch.holder import hold
 
 
@@ -264,3 +277,53 @@ def test_engine_servers_of_a_run_without_folders_log_among_temporary_files(tmp_p
     assert folder(None) == Path(f"/temporary/qwench-{os.getpid()}/engines")
     assert folder(Path("logs")) == tmp_path / "logs" / "engines"
     assert list(tmp_path.iterdir()) == []
+
+
+def inputs_with(folder: Path, **sections: object) -> Inputs:
+    """Return the inputs of a run of a tiny model in `folder`."""
+    config = Config(rollout=RolloutConfig(rollout_batch_size=2), **sections)
+    return Inputs(
+        config=config, plan=plan_run(config, MODEL), model_folder=folder, tokenizer=CharTokenizer(), hf_config=CONFIG,
+        console=RecordingConsole(), device=torch.device("cpu"), dtype=torch.float32, rank=0,
+    )  # fmt: skip
+
+
+def test_a_checkpoint_names_the_model_the_algorithm_and_the_adapters_of_its_run(tmp_path):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text("{}")  # engines may have the weights
+    model = {"model_type": "qwen3", "num_hidden_layers": 3, "hidden_size": 8, "vocab_size": 12}
+    assert run_identity(inputs_with(tmp_path)) == {**model, "loss_type": "policy_loss"}
+    sft = AlgorithmConfig(loss_type="sft_loss")
+    lora = LoraConfig(lora_rank=2, lora_alpha=6, target_modules="q_proj,down_proj")
+    facts = {**model, "loss_type": "sft_loss", "lora_rank": 2, "lora_scale": 3.0, "lora_init": "kaiming"}
+    facts |= {"target_modules": "q_proj,down_proj"}
+    assert run_identity(inputs_with(tmp_path / "bare", algorithm=sft, lora=lora)) == facts
+
+    def random_weights(seed: int) -> dict[str, torch.Tensor]:
+        draw = torch.Generator().manual_seed(seed)
+        return {name: torch.randn(shape, generator=draw).bfloat16() for name, shape in MODEL.parameter_shapes().items()}
+
+    def checksum(weights: dict[str, torch.Tensor]) -> str:
+        keys = [weights[f"model.layers.{layer}.self_attn.k_proj.weight"].flatten() for layer in (0, 2)]
+        return f"{zlib.crc32(torch.cat(keys).float().numpy().tobytes()):08x}"
+
+    given, *others = (random_weights(seed) for seed in range(3))
+    folder = write_hf(tmp_path / "hf", given)
+    rounded = inputs_with(folder, algorithm=sft, lora=replace(lora, lora_base="nf4"))
+    assert run_identity(rounded) == {**facts, "lora_base": "nf4", "base_weights": checksum(given)}
+    for write, weights in zip((write_fsdp, write_torch_dist), others, strict=True):
+        start = CheckpointConfig(ref_load=write(tmp_path / write.__name__, weights))
+        started = inputs_with(folder, algorithm=sft, lora=lora, checkpoint=start)
+        assert run_identity(started) == {**facts, "base_weights": checksum(weights)}
+
+
+def test_the_best_checkpoint_is_that_of_the_first_evaluation_set(tmp_path):
+    data = {"eval_prompt_data": ("first", "a.jsonl", "second", "b.jsonl")}
+    flags = {"evaluation": EvalConfig(eval_interval=1, **data)}
+    kept = CheckpointConfig(save=tmp_path, keep_best=True)
+    assert outputs._best(inputs_with(tmp_path, **flags)) is None
+    assert outputs._best(inputs_with(tmp_path, **flags, checkpoint=kept)) == Criterion(
+        metric="eval/first", higher_is_better=True
+    )
+    sft = inputs_with(tmp_path, **flags, checkpoint=kept, algorithm=AlgorithmConfig(loss_type="sft_loss"))
+    assert outputs._best(sft) == Criterion(metric="eval/first/loss", higher_is_better=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from qwench.checkpoints.formats.sources import open_weights
-from qwench.checkpoints.formats.torch_dist import extra_states, write_common_files
+from qwench.checkpoints.formats.torch_dist import TorchDistWeights, extra_states, write_common_files
 from qwench.errors import ConfigError
 from qwench.models.megatron_names import rules, to_megatron
 from tests.unit.checkpoints.formats.test_sources import MODEL, assert_gives
@@ -45,6 +47,46 @@ def test_another_number_of_layers_is_refused(tmp_path: Path, num_layers: int, me
     write_layers_apart(tmp_path, num_layers=num_layers)
     with pytest.raises(ConfigError, match=message):
         open_weights(tmp_path, MODEL)
+
+
+_LAYER, _NORM = "decoder.layers.mlp.linear_fc2.weight", "decoder.final_layernorm.weight"
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+@pytest.mark.parametrize(
+    ("key", "stored", "expected"),
+    [
+        (_LAYER, (3, 8, 7), "[8, 6] for each layer"),
+        (_LAYER, (3, 9, 6), "[8, 6] for each layer"),
+        (_LAYER, (3, 8), "[8, 6] for each layer"),
+        (_NORM, (9,), "[8]"),
+        (_EMBEDDING, (11, 8), "[12, 8]"),
+        (_EMBEDDING, (12, 9), "[12, 8]"),
+        (_EMBEDDING, (16, 8, 1), "[12, 8]"),
+        ("output_layer.weight", (16, 9), "[12, 8]"),
+    ],
+)
+def test_only_a_vocabulary_may_have_more_rows_than_config_json_says(key: str, stored: tuple[int, ...], expected: str) -> None:
+    padded = TorchDistWeights(_folder_of({**_shapes(), _EMBEDDING: (16, 8)}), MODEL)
+    assert padded.specs["model.embed_tokens.weight"].shape == (12, 8)
+    said = f"folder holds {key} in the shape {[*stored]}, but by config.json it is {expected}; it is of another model."
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+        TorchDistWeights(_folder_of({**_shapes(), key: stored}), MODEL)
+
+
+def _shapes() -> dict[str, tuple[int, ...]]:
+    """Return the shapes of MODEL's tensors, by key."""
+    expected, found = MODEL.parameter_shapes(), {}
+    for rule in rules(MODEL):
+        rows = sum(expected[name][0] for name in rule.hf_names)
+        layers = () if rule.layer is None else (MODEL.num_layers,)
+        found[rule.checkpoint_key] = (*layers, rows, *expected[rule.hf_names[0]][1:])
+    return found
+
+
+def _folder_of(shapes: dict[str, tuple[int, ...]]) -> SimpleNamespace:
+    """Return a folder as far as its list of tensors is read."""
+    return SimpleNamespace(folder=Path("folder"), tensors={key: torch.empty(shape) for key, shape in shapes.items()})
 
 
 def test_modules_ask_for_an_entry_of_each_layer() -> None:
