@@ -1,5 +1,6 @@
 """What the flags of a run say to its models and its learner: the backend's own arguments, learning rates, checkpoints."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.critic import CriticConfig
+from qwench.config.sections.data import DataConfig
 from qwench.config.sections.debug import DebugConfig, ProfilingConfig
 from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.logging import LoggingConfig
@@ -26,6 +28,7 @@ from qwench.config.sections.training import TrainingConfig
 from qwench.launch import trainer
 from qwench.launch.inputs import Inputs
 from qwench.observability.timing import PhaseTimer
+from qwench.training.shaping import Shaping
 from tests.unit.launch.test_placement import inputs_of
 
 OPTIMIZER = OptimizerConfig(lr=1e-5, min_lr=1e-6, lr_warmup_fraction=0.1, reset_optimizer_states=True)
@@ -262,3 +265,99 @@ def test_megatron_is_built_with_its_layout_where_the_flags_ask_for_it(monkeypatc
     without = replace(inputs, config=replace(inputs.config, lora=LoraConfig()))
     other = trainer._build(without, Path("start"), OPTIMIZER, critic=True)
     assert (other.folder, other.options) == (Path("start"), expected | {"critic": True, "logits": False, "lora": None})
+
+
+@pytest.mark.parametrize(
+    ("flags", "prompts", "tunes", "longest"),
+    [
+        ({"rollout_max_response_len": 77}, [], False, 78),
+        ({"rollout_max_response_len": 77, "max_prompt_len": 20}, [], False, 97),
+        ({"rollout_max_response_len": 77, "max_prompt_len": 20}, [5, 9, 3], False, 86),
+        ({"rollout_max_response_len": 77, "rollout_max_context_len": 50}, [5], False, 50),
+        ({"rollout_max_context_len": 50}, [], False, 50),
+        ({}, [], False, 40_960),
+        ({"rollout_max_context_len": 50_000}, [30], False, 40_960),
+        ({}, [5, 30], True, 30),
+        ({"rollout_max_context_len": 20}, [5, 30], True, 20),
+        ({"rollout_max_response_len": 9}, [1], True, 2),
+    ],
+)
+def test_the_memory_probe_is_as_long_as_a_sequence_can_be(
+    flags: dict[str, int], prompts: list[int], tunes: bool, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer.MemoryProbe, "of", lambda plan, **options: options["longest"])
+    data = DataConfig(rollout_max_prompt_len=flags.pop("max_prompt_len", None))
+    rollout = RolloutConfig(rollout_batch_size=4, **flags)
+    algorithm = AlgorithmConfig(loss_type="sft_loss" if tunes else "policy_loss")
+    inputs = of(rollout=rollout, algorithm=algorithm, data=data, training=TrainingConfig(memory_probe=True))
+    found = trainer.make_memory_probe(inputs, prompts)
+    flag = "--rollout-max-context-len" if tunes else "--rollout-max-response-len"
+    assert (found.num_tokens, found.flag) == (longest, flag)
+
+
+def test_the_memory_probe_is_told_what_else_lies_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, object]] = []
+    monkeypatch.setattr(trainer.MemoryProbe, "of", lambda plan, **options: made.append({"plan": plan, **options}) or len(made))
+    monkeypatch.setattr(trainer, "weight_bytes_beside_trainer", lambda config, plan: (config, plan))
+    rollout = RolloutConfig(rollout_batch_size=4, rollout_temperature=0.7)
+    inputs = of(rollout=rollout, training=TrainingConfig(memory_probe=True), algorithm=AlgorithmConfig(entropy_coef=0.1))
+    assert trainer.make_memory_probe(inputs) == 1
+    same = {"training": inputs.config.training, "longest": made[0]["longest"], "temperature": 0.7, "dtype": torch.float32}
+    of_policy = {"plan": inputs.plan, "with_entropy": True, "engine_bytes": (inputs.config, inputs.plan)}
+    assert made == [{**same, **of_policy, "of_critic": None}]
+    critic = CriticConfig(critic_num_nodes=1, critic_num_gpus_per_node=1)
+    apart = of(
+        rollout=rollout, training=inputs.config.training, algorithm=AlgorithmConfig(advantage_estimator="ppo"), critic=critic
+    )
+    assert trainer.make_memory_probe(apart) == 3
+    assert made[1] == {**same, "plan": apart.plan.of_critic, "with_entropy": False}
+    assert (made[2]["with_entropy"], made[2]["of_critic"]) == (False, 2)
+
+
+def test_memory_is_probed_on_gpus_or_where_the_flag_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.MemoryProbe, "of", lambda plan, **options: "probe")
+    for on_gpus, asked, expected in ((True, None, "probe"), (False, None, None), (True, False, None), (False, True, "probe")):
+        inputs = of(training=TrainingConfig(memory_probe=asked))
+        devices = replace(inputs.plan.devices, on_gpus=on_gpus)
+        assert trainer.make_memory_probe(replace(inputs, plan=replace(inputs.plan, devices=devices))) == expected
+
+
+def test_columns_are_made_by_the_functions_of_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "RolloutColumns", lambda *given, **options: (given, options))
+    for name in ("load_post_process", "load_target_functions", "load_user_conversion"):
+        monkeypatch.setattr(trainer, name, lambda *given, name=name: (name, *given))
+    inputs = of(rollout=RolloutConfig(rollout_batch_size=4, rollout_top_k=9))
+    given = (inputs.config, SimpleNamespace)
+    assert trainer._make_columns(inputs, "method", SimpleNamespace) == (
+        ("method", inputs.plan),
+        {
+            "reward_post_process": ("load_post_process", *given),
+            "targets": ("load_target_functions", *given),
+            "shaping": Shaping.of(inputs.config),
+            "convert": ("load_user_conversion", *given),
+            "truncated": True,
+        },
+    )
+    tunes = replace(inputs, plan=replace(inputs.plan, fine_tunes=True))
+    assert trainer._make_columns(tunes, "method", SimpleNamespace)[1]["truncated"] is False
+
+
+@pytest.mark.parametrize(("rank", "members"), [(1, range(2)), (2, range(2, 3))])
+def test_ranks_join_those_of_their_model_and_then_the_link(rank: int, members: range, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    seconds = {"environ": os.environ, "timeout_s": 180}
+    monkeypatch.setattr(trainer, "init_process_group", lambda device, **options: made.append((device, options)))
+    monkeypatch.setattr(trainer, "make_link", lambda environ, *, timeout_s: made.append((environ, timeout_s)) or "link")
+    monkeypatch.setattr(trainer, "CriticLink", lambda link, **options: (link, options))
+    monkeypatch.setattr(torch, "manual_seed", made.append)
+    rest = {"timeouts": TimeoutConfig(distributed_timeout_minutes=3), "training": TrainingConfig(seed=5)}
+    alone = of(cluster=ClusterConfig(actor_num_gpus_per_node=2), **rest)
+    assert trainer._join(replace(alone, rank=rank)) is None
+    assert made == [5, (alone.device, seconds)]
+    made.clear()
+    inputs = of(
+        cluster=ClusterConfig(actor_num_gpus_per_node=2), critic=CriticConfig(critic_num_nodes=1, critic_num_gpus_per_node=1),
+        algorithm=AlgorithmConfig(advantage_estimator="ppo"), **rest,
+    )  # fmt: skip
+    assert trainer._join(replace(inputs, rank=rank)) == ("link", {"rank": rank, "num_policy_ranks": 2})
+    assert made == [5, (inputs.device, {**seconds, "members": members}), (os.environ, 180)]
