@@ -338,7 +338,7 @@ def test_columns_are_made_by_the_functions_of_the_flags(monkeypatch: pytest.Monk
             "truncated": True,
         },
     )
-    tunes = replace(inputs, plan=replace(inputs.plan, fine_tunes=True))
+    tunes = of(rollout=inputs.config.rollout, algorithm=AlgorithmConfig(loss_type="sft_loss"))
     assert trainer._make_columns(tunes, "method", SimpleNamespace)[1]["truncated"] is False
 
 
