@@ -96,12 +96,14 @@ def test_buckets_may_reuse_their_memory(source, tmp_path):
     assert torch.equal(load_model(tmp_path / "export", dtype=torch.float32)(TOKENS).logits, model(TOKENS).logits)
 
 
-def test_config_keeps_everything_but_the_dtype(source, tmp_path):
-    old_style = edit_config(source, tmp_path / "old", torch_dtype="bfloat16", note="kept")
-    model = load_model(source, dtype=torch.float32)
-    write_hf_checkpoint(tmp_path / "export", buckets_of(model, 9), source=old_style)
-    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("old", "export"))
-    assert after == {**before, "dtype": "float32", "torch_dtype": "float32"}
+@pytest.mark.parametrize("names", [("dtype",), ("torch_dtype",), ("dtype", "torch_dtype"), ()])
+def test_config_keeps_everything_but_the_dtype(source, tmp_path, names):
+    folder = edit_config(source, tmp_path / "old", note="kept")
+    before = json.loads((folder / "config.json").read_text())
+    del before["dtype"]
+    (folder / "config.json").write_text(json.dumps(before | dict.fromkeys(names, "bfloat16")))
+    write_companions(tmp_path, folder, {"model.norm.weight": torch.float32})
+    assert json.loads((tmp_path / "config.json").read_text()) == {**before, **dict.fromkeys(names or ["dtype"], "float32")}
 
 
 def test_every_file_of_a_tokenizer_comes_along(source, tmp_path):

@@ -286,8 +286,9 @@ def test_a_stop_token_that_is_no_id_is_refused(folder: Path, value: object) -> N
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope parameters for full_attention; known: one set"),
         ({"transformers_weights": "other.safetensors"}, "has transformers_weights, which is not supported"),
         ({"text_config": {"hidden_size": 5}}, "has text_config, which is not supported"),
+        *(({name: {}}, f"has {name}, which is not supported") for name in ("text_encoder", "decoder", "generator")),
         ({"is_causal": False}, "is_causal false; only models that read left to right"),
-        ({"num_labels": 10**9}, "more than 10000 num_labels"),
+        ({"num_labels": 10_001}, "more than 10000 num_labels"),
     ],
 )  # fmt: skip
 def test_a_config_that_makes_no_model_is_refused_by_name(folder: Path, change: Json, message: str) -> None:
@@ -295,6 +296,11 @@ def test_a_config_that_makes_no_model_is_refused_by_name(folder: Path, change: J
     with pytest.raises(ConfigError, match=message) as caught:
         architecture_of(load_hf_config(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_a_config_may_say_what_changes_nothing(folder: Path) -> None:
+    edit(folder, num_labels=10_000, is_causal=True, text_config=None, dtype=None)
+    assert load_hf_config(folder).num_labels == 10_000
 
 
 def test_an_adapter_is_refused_by_name(folder: Path) -> None:
