@@ -1,5 +1,8 @@
 """What the flags of a run say to its engine servers, to an engine in this process, and to publications."""
 
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,19 +17,22 @@ from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.lora import LoraConfig
+from qwench.config.sections.references import ReferencesConfig
 from qwench.config.sections.rollout import AsyncConfig, RolloutConfig
 from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.config.sections.training import TrainingConfig
+from qwench.engines.client import HttpEngine
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.fleet.members import Member
+from qwench.engines.kinds.identity import ModelIdentity
 from qwench.engines.kinds.kind import ServerOrder
-from qwench.errors import EngineError
+from qwench.errors import ConfigError, EngineError
 from qwench.launch import engines
 from qwench.launch.engines import build_pool, embedded_settings, make_publisher, server_order
 from qwench.models.architecture import YarnScaling
 from qwench.models.peft import AdapterConfig
 from qwench.observability.timing import PhaseTimer
-from qwench.weights.plan import PublicationPlan
+from qwench.weights.plan import NamedAdapter, PublicationPlan
 from tests.unit.launch.test_generation import eval_settings
 from tests.unit.launch.test_placement import inputs_of
 
@@ -243,3 +249,105 @@ def test_engines_that_run_already_are_members(pools: list[str], monkeypatch: pyt
     pool = build_pool(inputs, with_weights=False, servers=None, token=None)
     assert reached == [(inputs, pool.loop)] and [member.engine for member in pool.members] == ["there"]
     assert pool.options == {"router": None, "health": None, "can_republish": True}
+
+
+class Client:
+    """A connection that remembers what was done with it."""
+
+    made: list["Client"]
+
+    def __init__(self, url: str, **options: object) -> None:
+        self.url, self.options, self.is_closed = url, options, False
+        Client.made.append(self)
+
+    async def close(self) -> None:
+        self.is_closed = True
+
+
+class Loop:
+    """Runs coroutines, and remembers what it was told of them."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, float]] = []
+
+    def run(self, coroutine: Coroutine[object, object, Member], *, label: str, timeout_s: float) -> Member:
+        self.told.append((label, timeout_s))
+        return asyncio.run(coroutine)
+
+    def close(self) -> None:
+        self.told.append(("closed", 0))
+
+
+def test_engines_that_run_already_are_asked_for_their_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[ModelIdentity] = []
+
+    async def check_serves(engine: Client, identity: ModelIdentity) -> SimpleNamespace:
+        asked.append(identity)
+        if "10.0.0.3" in engine.url:
+            raise EngineError("away")
+        return SimpleNamespace(name="sglang")
+
+    loop, Client.made = Loop(), []
+    monkeypatch.setattr(engines, "HttpEngine", Client)
+    monkeypatch.setattr(engines, "check_serves", check_serves)
+    monkeypatch.setattr(engines, "EventLoopThread", lambda: loop)
+    monkeypatch.setenv("QWENCH_TOKEN", "secret")
+    addresses = ("10.0.0.1:80", "http://10.0.0.2:80/")
+    config = config_of(
+        engine=EngineConfig(rollout_external_engine_addrs=addresses, rollout_health_check_timeout=4.0),
+        rollout=RolloutConfig(rollout_batch_size=4, rollout_max_context_len=99),
+        evaluation=EvalConfig(eval_low_priority=True), asynchronous=AsyncConfig(fully_async=True),
+        timeouts=TimeoutConfig(generate_timeout=5.0),
+    )  # fmt: skip
+    inputs = inputs_of(config)
+    members = engines._reach_external(inputs, loop)
+    urls = ["http://10.0.0.1:80", "http://10.0.0.2:80"]
+    assert [member.url for member in members] == urls
+    assert loop.told == [(f"--rollout-external-engine-addrs: the check of the engine at {url}", 4.0) for url in urls]
+    options = {"token": "secret", "kind": "sglang", "generate_timeout_s": 5.0, "health_timeout_s": 4.0}
+    expected = [(url, given, not rest) for url in urls for given, rest in (({"token": "secret"}, None), (options, "kept"))]
+    assert [(one.url, one.options, one.is_closed) for one in Client.made] == expected
+    assert [member.engine for member in members] == Client.made[1::2]
+    [identity] = {id(one): one for one in asked}.values()
+    sizes = {"vocab_size": 151_936, "hidden_size": 2560, "num_hidden_layers": 36}
+    assert (identity.model_type, identity.sizes, identity.encode("ab")) == ("qwen3", sizes, [97, 98])
+    assert (identity.ranks_requests, identity.keeps_requests, identity.context_len) == (True, True, 99)
+    away = replace(config.engine, rollout_external_engine_addrs=("10.0.0.3:80",))
+    with pytest.raises(ConfigError, match=r"^away$"):
+        engines.check_external(replace(inputs, config=replace(config, engine=away)))
+    assert Client.made[-1].is_closed and loop.told[-1] == ("closed", 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "transport", "named"),
+    [(None, "auto", False), ("embedded", "auto", False), ("embedded", "disk", True), ("sglang", "auto", True)],
+)
+def test_an_adapter_is_named_to_servers_that_read_it_from_a_folder(kind: str | None, transport: str, named: bool) -> None:
+    engine = SimpleNamespace() if kind is None else HttpEngine("http://host:1", kind=kind)
+    config = config_of(
+        lora=ADAPTERS, engine=EngineConfig(update_weight_transport=transport, update_weight_disk_dir=Path("shared")),
+        references=ReferencesConfig(custom_update_weight_post_write_path="a.b"),
+    )  # fmt: skip
+    pool = SimpleNamespace(engines=[SimpleNamespace(), engine])
+    plan = make_publisher(inputs_of(config), "model", pool, gpus=object(), timer=PhaseTimer())._plan
+    assert plan.named == (NamedAdapter(config=AdapterConfig.of_run(ADAPTERS, base=".")) if named else None)
+    assert plan.after_write.section is config.references and plan.after_write.args.hf_checkpoint is None
+    whole = inputs_of(replace(config, lora=LoraConfig()))
+    assert make_publisher(whole, "model", pool, gpus=object(), timer=PhaseTimer())._plan.named is None
+
+
+def test_servers_that_start_are_named_with_their_last_line(pools: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    @contextmanager
+    def waiting(label: str, describe: Callable[[], str]) -> Iterator[None]:
+        said.extend([label, describe()])
+        yield
+        said.append(describe())
+
+    monkeypatch.setattr(engines, "waiting", waiting)
+    monkeypatch.setattr(ServerAt, "last_output", lambda self: f"begin\n  {self.label * 300} ")
+    inputs = inputs_of(config_of())
+    members = engines._start_servers(inputs, [ServerAt("a", pools), ServerAt("b", pools)], None)
+    assert said == ["start of the engine servers", f"a: {'a' * 200}; b: {'b' * 200}", ""]
+    assert [member.url for member in members] == ["http://a", "http://b"]
