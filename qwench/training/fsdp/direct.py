@@ -191,9 +191,7 @@ class DirectPolicy:
     def release(self) -> None:
         """Give the memory of rounded weights back: there are none besides the weights."""
 
-    def __call__(
-        self, micro_batch: MicroBatch, *, temperature: float, with_entropy: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, micro_batch: MicroBatch, *, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
         """See `Policy.forward`."""
         weights, device = self._bound(), self._device
         scored = micro_batch.loss_mask.nonzero().squeeze(-1)

@@ -80,9 +80,7 @@ class Policy(nn.Module):
         assert isinstance(self, FSDPModule), "parallelize comes first"
         return self
 
-    def forward(
-        self, micro_batch: MicroBatch, *, temperature: float, with_entropy: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, micro_batch: MicroBatch, *, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
         """Return log-probs [T] float32 of the labels and, on request, entropy [T] float32; 0 where loss_mask is false.
 
         Args:
@@ -127,9 +125,7 @@ class Policy(nn.Module):
 class LogitsPolicy(Policy):
     """A policy whose passes with a gradient return the logits of all positions: for losses that the user computes from them."""
 
-    def forward(
-        self, micro_batch: MicroBatch, *, temperature: float, with_entropy: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, micro_batch: MicroBatch, *, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
         """Return logits [T, V] float32 before the temperature; without a gradient what `Policy` returns."""
         if not torch.is_grad_enabled():
             return super().forward(micro_batch, temperature=temperature, with_entropy=with_entropy)

@@ -78,7 +78,7 @@ class PolicyModel(GPTModel):
         self.gives_logits = False
         """Passes with a gradient return this rank's logits in the place of log-probs."""
 
-    def forward(self, micro_batch: MicroBatch, *, temperature: float, with_entropy: bool = False) -> Tensor | TokenScores:
+    def forward(self, micro_batch: MicroBatch, *, temperature: float, with_entropy: bool) -> Tensor | TokenScores:
         """Return hidden states [t, 1, D] for the next stage, or on the last stage the labels' scores.
 
         Args:
