@@ -25,7 +25,6 @@ from qwench.wire.memory_files import remove_files_of, remove_folder
 
 _logger = logging.getLogger(__name__)
 _INLINE_BYTES = 32 * 1024  # fits a pipe's buffer, so that sending never waits for a rank
-_CHECK_INTERVAL_S = 1.0
 _EXIT_TIMEOUT_S = 10.0
 
 
@@ -132,7 +131,7 @@ class LocalRanks:
     def receive(self, timeout_s: float) -> list[tuple[int, RankReply]]:
         """Return answers and deaths; see `Ranks.receive`."""
         waiting = {child.connection: rank for rank, child in enumerate(self._children) if rank not in self._reported}
-        ready = wait(list(waiting), timeout=min(timeout_s, _CHECK_INTERVAL_S))
+        ready = wait(list(waiting), timeout=timeout_s)
         replies: list[tuple[int, RankReply]] = []
         for connection, rank in waiting.items():
             child = self._children[rank]

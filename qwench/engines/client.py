@@ -16,6 +16,7 @@ import aiohttp
 import orjson
 from safetensors.torch import save as save_safetensors
 
+from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.engines.protocol import (
     EngineStats,
     FinishReason,
@@ -32,6 +33,7 @@ from qwench.wire.addresses import EngineAddress, Placement
 from qwench.wire.portions import WeightBucket
 
 Json = Any  # what a server answers has no closed type
+_DEFAULTS = TimeoutConfig()
 CONNECT_ATTEMPTS = 4
 CONNECT_BACKOFF_S = 0.25
 CONTROL_TIMEOUT_S = 60.0
@@ -59,8 +61,7 @@ class HttpEngine:
         kind: str = "",
         label: str = "",
         placement: Placement | None = None,
-        generate_timeout_s: float = 3600.0,
-        weights_timeout_s: float = 600.0,
+        generate_timeout_s: float = _DEFAULTS.generate_timeout,
         health_timeout_s: float = HEALTH_TIMEOUT_S,
         lost_statuses: Sequence[int] = NOT_READY,
     ) -> None:
@@ -76,7 +77,6 @@ class HttpEngine:
         self.address = EngineAddress(base_url=self._base_url, token=token, kind=kind, placement=placement, label=label)
         self._headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
         self._generate_timeout_s = generate_timeout_s
-        self._weights_timeout_s = weights_timeout_s
         self._health_timeout_s = health_timeout_s
         self._session: aiohttp.ClientSession | None = None
 
@@ -139,7 +139,7 @@ class HttpEngine:
             query = f"?weight_version={version}&index={index}&final={'true' if bucket is None else 'false'}"
             index += 1
             answer = await self._request(
-                "POST", f"/update_weights_from_tensor{query}", body, "application/octet-stream", self._weights_timeout_s
+                "POST", f"/update_weights_from_tensor{query}", body, "application/octet-stream", _DEFAULTS.update_weights_timeout
             )
         if answer is None:
             raise WeightSyncError(f"weight version {version} for {self!r} has no buckets at all.")

@@ -284,12 +284,16 @@ def _names_adapters(engine: Engine, section: EngineConfig) -> bool:
 
 
 def _start_router(inputs: Inputs, undo: ExitStack) -> SglangRouter:
+    timeout_s = inputs.config.timeouts.generate_timeout
     command = router_command(
-        inputs.config.engine.router_args, environ=server_environ(os.environ), log_folder=_log_folder(inputs)
+        inputs.config.engine.router_args,
+        environ=server_environ(os.environ),
+        log_folder=_log_folder(inputs),
+        generate_timeout_s=timeout_s,
     )
     process = ServerProcess(command)
     undo.callback(process.stop)
-    router = SglangRouter(process)
+    router = SglangRouter(process, generate_timeout_s=timeout_s)
     router.start()
     return router
 

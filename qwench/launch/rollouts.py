@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from qwench.config.eval_sets import EvalSettings
 from qwench.data.curriculum import Curriculum
 from qwench.data.prompts import PromptSource
-from qwench.engines.fleet.pool import EnginePool, Waiter
+from qwench.engines.fleet.pool import CLOSE_TIMEOUT_S, EnginePool, Waiter
 from qwench.engines.fleet.servers import Server
 from qwench.engines.protocol import LOW_PRIORITY, SamplingParams
 from qwench.launch.engines import build_pool
@@ -28,8 +28,6 @@ from qwench.rollout.staleness import StalenessBound
 from qwench.rollout.stream import RolloutStream, StreamOptions
 from qwench.rollout.teacher import Teachers
 from qwench.samples import Prompt, Rollout
-
-_CLOSE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +132,7 @@ class Generation:
         for grader in (self.grader, self.eval_grader, *self.set_graders.values()):
             grader.close()
         if self.teachers is not None:
-            self.engines.run(self.teachers.close(), label="close the connections to the teachers", timeout_s=_CLOSE_TIMEOUT_S)
+            self.engines.run(self.teachers.close(), label="close the connections to the teachers", timeout_s=CLOSE_TIMEOUT_S)
         self.engines.close()
 
     def _eval_set(self, one: EvalSettings, prompts: Sequence[Prompt]) -> EvalSet:

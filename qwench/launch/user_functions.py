@@ -17,7 +17,7 @@ from qwench.config.eval_sets import EvalSettings, eval_settings
 from qwench.config.sections.agent import AGENT, TOOL_LOOP, AgentConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.reward import RewardConfig
-from qwench.engines.fleet.pool import EnginePool
+from qwench.engines.fleet.pool import CONTROL_TIMEOUT_S, EnginePool
 from qwench.errors import ConfigError
 from qwench.foreign.args import make_args
 from qwench.foreign.conversion import load_conversion, read_rewards
@@ -43,7 +43,6 @@ from qwench.rollout.tool_loop import ToolLoop
 from qwench.samples import Rollout
 from qwench.training.rollout_columns import RewardPostProcess
 
-_CONTROL_TIMEOUT_S = 60.0
 _ROLLOUT_FLAGS = {
     "custom_generate_function_path": "generate",
     "rollout_function_path": "make_rollout",
@@ -251,7 +250,7 @@ def open_user_session(
         await gateway.open()
         return asyncio.get_running_loop()
 
-    loop = engines.run(begin(), label="open the address of the engines", timeout_s=_CONTROL_TIMEOUT_S)
+    loop = engines.run(begin(), label="open the address of the engines", timeout_s=CONTROL_TIMEOUT_S)
     grader = RewardPool(replace(config.reward, custom_rm_path=None))
     open_session(
         Session(
@@ -269,7 +268,7 @@ def open_user_session(
     def end() -> None:
         close_session()
         grader.close()
-        engines.run(gateway.close(), label="close the address of the engines", timeout_s=_CONTROL_TIMEOUT_S)
+        engines.run(gateway.close(), label="close the address of the engines", timeout_s=CONTROL_TIMEOUT_S)
 
     return end
 

@@ -27,7 +27,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
-_SECONDS_BETWEEN_PLAIN_LINES = 30.0
+_PLAIN_LINES_EVERY_S = 30.0
 _BAR_WIDTH = 12
 _UNSEEN = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp"})
 """Unicode categories of characters that move the cursor, turn the direction of writing, or cannot be written at all."""
@@ -323,7 +323,7 @@ class _PlainBar:
     def advance(self, count: int = 1) -> None:
         with self._lock:
             self._done += count
-            if self._clock() - self._shown_at >= _SECONDS_BETWEEN_PLAIN_LINES:
+            if self._clock() - self._shown_at >= _PLAIN_LINES_EVERY_S:
                 self._shown_at = self._clock()
                 self._console.say(f"{self._description} {self._done}/{self._total}")
 

@@ -23,6 +23,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
+STACKS_TIMEOUT_S = 2.0
+_STACKS_POLL_S = 0.1
 SILENT_AFTER_S = 20.0
 """Shorter silences are normal on a machine that is busy."""
 STACKS = "stacks.txt"
@@ -144,19 +146,19 @@ def dump_stacks_on_signal(path: Path | None = None) -> None:
 _kept: list[object] = []
 
 
-def ask_for_stacks(send: Callable[[], None], path: Path, *, timeout_s: float = 2.0) -> str:
+def ask_for_stacks(send: Callable[[], None], path: Path) -> str:
     """Return what a process writes to the end of `path` after `send` gave it `STACKS_SIGNAL`."""
     before = path.stat().st_size if path.exists() else 0
     try:
         send()
     except (ProcessLookupError, PermissionError) as error:
         return f"(no process: {error})"
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + STACKS_TIMEOUT_S
     size, last = before, -1
     while time.monotonic() < deadline and (size == before or size != last):
-        time.sleep(0.1)
+        time.sleep(_STACKS_POLL_S)
         last, size = size, path.stat().st_size if path.exists() else 0
     with path.open("rb") as file:
         file.seek(before)
         written = file.read().decode(errors="replace").strip()
-    return written or f"(no answer within {timeout_s:g} s: the process is stopped, or does not handle {STACKS_SIGNAL.name})"
+    return written or f"(no answer within {STACKS_TIMEOUT_S:g} s: the process is stopped, or does not handle {STACKS_SIGNAL.name})"

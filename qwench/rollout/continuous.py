@@ -21,14 +21,14 @@ from typing import Any, Unpack
 
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.rollout import AsyncConfig
-from qwench.engines.fleet.pool import EnginePool
+from qwench.engines.fleet.pool import CONTROL_TIMEOUT_S, EnginePool
 from qwench.errors import QwenchError
 from qwench.observability.console import Console
 from qwench.rollout.buffer import GroupBuffer
 from qwench.rollout.groups import GroupRunner, cancel_and_wait
 from qwench.rollout.selection import Selection, Tally
 from qwench.rollout.staleness import StalenessBound, begun_anew, oldest_version
-from qwench.rollout.stream import CONTROL_TIMEOUT_S, INTERRUPT_GRACE_S, GeneratingStream, StreamOptions
+from qwench.rollout.stream import INTERRUPT_GRACE_S, GeneratingStream, StreamOptions
 from qwench.samples import Group, Rollout
 
 _logger = logging.getLogger(__name__)

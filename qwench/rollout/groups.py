@@ -22,6 +22,7 @@ from qwench.rollout.sampling import Sampling
 from qwench.samples import Group, Sample, Status, Verdict
 
 Result = TypeVar("Result")
+ABORT_AGAIN_S = 1.0
 _UNFINISHED = (Status.PENDING, Status.ABORTED)
 
 
@@ -130,7 +131,7 @@ class GroupRunner:
             while any(not task.done() for task in tasks):
                 # A request on its way to a server may miss the first abort: ask again until all have come back.
                 await self._requests.abort_in_flight()
-                await asyncio.wait(tasks, timeout=1.0)
+                await asyncio.wait(tasks, timeout=ABORT_AGAIN_S)
         finally:
             self._requests.aborting = False
         return sorted((task.result() for task in tasks), key=lambda group: group.group_id)

@@ -21,7 +21,7 @@ from typing import TypedDict, Unpack
 
 from qwench.config.sections.logging import LoggingConfig
 from qwench.data.sft import SftSource
-from qwench.engines.fleet.pool import EnginePool, Waiter
+from qwench.engines.fleet.pool import CONTROL_TIMEOUT_S, EnginePool, Waiter
 from qwench.errors import QwenchError, RewardError
 from qwench.observability.dumps import load_rollout
 from qwench.observability.waiting import Describe, joined, say_nothing
@@ -33,7 +33,6 @@ from qwench.rollout.sample_metrics import describe_rollout
 from qwench.samples import Json, Rollout
 
 _logger = logging.getLogger(__name__)
-CONTROL_TIMEOUT_S = 60.0
 INTERRUPT_GRACE_S = 20.0
 """For rollouts that older weights sample, when a signal ends the run. Schedulers kill a job about 30 s after the signal."""
 

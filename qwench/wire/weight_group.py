@@ -23,7 +23,7 @@ from qwench.errors import WeightSyncError
 from qwench.threads import daemon
 
 _POLL_S = 0.0002
-_WATCHDOG_GRACE = timedelta(minutes=10)
+_WATCHDOG_GRACE_S = 600.0
 _DEVICE_OF_BACKEND = {"gloo": "cpu", "nccl": "cuda"}
 
 
@@ -158,5 +158,5 @@ def make_group(backend: str, store: dist.Store, rank: int, size: int, timeout: t
         return dist.ProcessGroupGloo(store, rank, size, timeout)
     options = dist.ProcessGroupNCCL.Options()
     # NCCL's watchdog ends the process when this has passed; by then a deadline of ours has ended the broadcast.
-    options._timeout = timeout + _WATCHDOG_GRACE
+    options._timeout = timeout + timedelta(seconds=_WATCHDOG_GRACE_S)
     return dist.ProcessGroupNCCL(store, rank, size, options)

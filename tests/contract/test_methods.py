@@ -155,4 +155,4 @@ def _builder(layout: Layout, model: Path) -> Callable[..., Trainer]:
     if layout.megatron is None:
         return partial(FsdpTrainer.build, model, dp_replicate=layout.dp_replicate, **common, **on_cpu)
     cuda_stand_in.install()
-    return partial(MegatronTrainer.build, model, layout=layout.megatron, **common, **on_cpu)
+    return partial(MegatronTrainer.build, model, layout=layout.megatron, collective_timeout_s=_TIMEOUT_S, **common, **on_cpu)

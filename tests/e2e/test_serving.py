@@ -50,8 +50,8 @@ def model_that_says(text: str) -> Qwen3ForCausalLM:
 def router_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Serve that model behind the router."""
     engine = make_engine(model_that_says(VERDICT), tokenizer=TOKENIZER)
-    command = router_command([], environ=dict(os.environ), log_folder=tmp_path_factory.mktemp("logs"))
-    router = SglangRouter(ServerProcess(command))
+    command = router_command([], environ=dict(os.environ), log_folder=tmp_path_factory.mktemp("logs"), generate_timeout_s=3600)
+    router = SglangRouter(ServerProcess(command), generate_timeout_s=3600)
 
     async def add(url: str) -> None:
         await router.add(url)

@@ -116,6 +116,7 @@ def _megatron(folder: Path, device: torch.device, layout: str, dtype: torch.dtyp
         layout=ParallelLayout(**_LAYOUTS[layout][1]),
         param_dtype=dtype,
         device=device,
+        collective_timeout_s=_TIMEOUT_S,
     )
 
 

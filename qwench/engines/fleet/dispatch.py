@@ -41,7 +41,9 @@ class Dispatcher:
         """
         self._members = members
         self._can_republish = can_republish
-        self._routed = None if router is None else HttpEngine(router.base_url, label=router.label, lost_statuses=OF_A_ROUTER)
+        self._routed = router and HttpEngine(
+            router.base_url, label=router.label, generate_timeout_s=router.generate_timeout_s, lost_statuses=OF_A_ROUTER
+        )
         self._supervisor = supervisor
         self._names: dict[str, str] = {}
         """Open request -> the id that the last engine got. Each attempt has another id."""

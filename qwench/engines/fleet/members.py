@@ -33,6 +33,8 @@ class Router(Protocol):
 
     base_url: str
     """Where requests go."""
+    generate_timeout_s: float
+    """In which it must answer one request."""
 
     @property
     def label(self) -> str:

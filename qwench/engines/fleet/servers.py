@@ -23,17 +23,18 @@ from pathlib import Path
 from typing import Protocol
 
 from qwench.config.environment import without_rank
+from qwench.engines.client import HEALTH_TIMEOUT_S
 from qwench.errors import EngineError
 from qwench.files import written
 from qwench.observability.parts import STACKS_SIGNAL, ask_for_stacks
 from qwench.wire.addresses import Placement, unused_port
 
 HEALTH_POLL_S = 0.2
-HEALTH_TIMEOUT_S = 30.0
 LAST_HEALTH_TIMEOUT_S = 2.0
 """Of a look at the deadline or after it: a launched server may be ready long before `start` is called."""
 STOP_TIMEOUT_S = 10.0
 COLLECT_TIMEOUT_S = 2.0
+_END_POLL_S = 0.05
 LOG_TAIL_LINES = 20
 _SECRET = re.compile(r"(^|_)((API_?KEY|ACCESS_KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS)(_|$)|KEY$)", re.IGNORECASE)
 
@@ -243,7 +244,7 @@ class ServerProcess:
         _signal_group(process.pid, signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while not _has_ended(process) and time.monotonic() < deadline:
-            time.sleep(0.05)
+            time.sleep(_END_POLL_S)
         _signal_group(process.pid, signal.SIGKILL)
         process.wait()
         assert process.stdin is not None, "the tether has a pipe"
@@ -337,4 +338,4 @@ def _wait_for_end_of_group(group: int) -> None:
     with suppress(ProcessLookupError):
         while time.monotonic() < deadline:
             os.killpg(group, 0)
-            time.sleep(0.02)
+            time.sleep(_END_POLL_S)

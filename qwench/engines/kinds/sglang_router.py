@@ -6,6 +6,7 @@ Servers are added when they hold the current weights and removed when they are l
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,14 +26,12 @@ CONTROL_TIMEOUT_S = 10.0
 CHANGE_TIMEOUT_S = 60.0
 """The router adds and removes workers in the background."""
 POLL_S = 0.1
-DEFAULTS: Mapping[str, tuple[str, ...]] = {
+DEFAULTS: Mapping[str, str] = {
     # The router's own default sees no text in our requests and would send everything to one server.
-    "policy": ("round_robin",),
-    "log-level": ("warn",),
+    "policy": "round_robin",
+    "log-level": "warn",
     # SGLang generates a token to answer /health, which must not happen while its memory is released.
-    "health-check-endpoint": ("/model_info",),
-    # A long response of a long queue; the client has its own deadline.
-    "request-timeout-secs": ("7200",),
+    "health-check-endpoint": "/model_info",
 }
 
 _PARSER_PROGRAM = """
@@ -41,20 +40,24 @@ RouterArgs.add_cli_args(parser, use_router_prefix=False)
 """
 
 
-def router_command(words: Sequence[str], *, environ: Mapping[str, str], log_folder: Path) -> ServerCommand:
+def router_command(words: Sequence[str], *, environ: Mapping[str, str], log_folder: Path, generate_timeout_s: float) -> ServerCommand:
     """Return how to start the router with the user's --router-* flags (`words`, without that prefix).
+
+    Args:
+        generate_timeout_s: of a request; the router gives it twice as long, so that the client's deadline comes first.
 
     Raises:
         ConfigError: --router-port is not a port.
     """
     names = [word.removeprefix("--") for word in words if word.startswith("--")]
     rest, port = _take_port(words)
-    defaults = [word for name, values in DEFAULTS.items() if name not in names for word in (f"--{name}", *values)]
+    defaults = DEFAULTS | {"request-timeout-secs": str(math.ceil(2 * generate_timeout_s))}
+    given = [word for name, value in defaults.items() if name not in names for word in (f"--{name}", value)]
     if "prometheus-port" not in names:
-        defaults += ["--prometheus-port", str(unused_port(ADDRESS))]
+        given += ["--prometheus-port", str(unused_port(ADDRESS))]
     return ServerCommand(
         label="the router",
-        argv=(sys.executable, "-P", "-m", "sglang_router.launch_router", *defaults, *rest),
+        argv=(sys.executable, "-P", "-m", "sglang_router.launch_router", *given, *rest),
         environ=environ,
         log_file=log_folder / "router.log",
         host=ADDRESS,
@@ -79,8 +82,10 @@ def check_router_words(words: Sequence[str]) -> None:
 class SglangRouter:
     """See `engines.fleet.members.Router`."""
 
-    def __init__(self, server: ServerProcess) -> None:
+    def __init__(self, server: ServerProcess, *, generate_timeout_s: float) -> None:
         self._server = server
+        self.generate_timeout_s = generate_timeout_s
+        """See `Router.generate_timeout_s`."""
         self._session: aiohttp.ClientSession | None = None
         self.base_url = ""
         """Where requests go; empty before `start`."""

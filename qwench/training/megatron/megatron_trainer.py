@@ -108,7 +108,7 @@ class MegatronTrainer(BackendTrainer):
         param_dtype: torch.dtype,
         device: torch.device,
         architecture: Architecture | None = None,
-        collective_timeout_s: float = 1800.0,
+        collective_timeout_s: float,
         critic: bool = False,
         logits: bool = False,
         lora: LoraConfig | None = None,

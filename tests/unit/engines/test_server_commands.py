@@ -139,15 +139,16 @@ def test_flags_that_the_other_program_takes_pass(tmp_path):
 
 
 def test_the_router_takes_the_users_flags_over_our_defaults(tmp_path):
-    made = router_command(("--policy", "random", "--port", "3456"), environ={}, log_folder=tmp_path)
+    made = router_command(("--policy", "random", "--port", "3456"), environ={}, log_folder=tmp_path, generate_timeout_s=0.7)
     assert made.port == 3456
+    assert value_of(made.argv, "--request-timeout-secs") == "2", "the client's deadline comes first"
     assert made.argv.count("--policy") == 1 and value_of(made.argv, "--policy") == "random"
     assert "--port" not in made.argv
-    assert value_of(router_command((), environ={}, log_folder=tmp_path).argv, "--policy") == "round_robin"
+    assert value_of(router_command((), environ={}, log_folder=tmp_path, generate_timeout_s=3600).argv, "--policy") == "round_robin"
 
 
 def test_the_installed_router_takes_our_defaults(tmp_path):
-    argv = router_command((), environ={}, log_folder=tmp_path).argv
+    argv = router_command((), environ={}, log_folder=tmp_path, generate_timeout_s=3600).argv
     ours = argv[argv.index("sglang_router.launch_router") + 1 :]
     check_router_words(ours)
     with pytest.raises(ConfigError, match=r"the installed sglang-router does not take the --router-.* flags: .*no-such-flag"):

@@ -17,6 +17,7 @@ from qwench.observability.parts import (
     silent_parts,
     stacks_written,
 )
+from tests.deadlines import patient
 
 
 class Clock:
@@ -96,18 +97,21 @@ def test_stacks_of_driver_and_parts_go_to_one_file_that_the_sentence_names(tmp_p
     assert written.index("driver") < written.index("=== engine server 0\nits stacks")
 
 
-def test_a_process_that_does_not_answer_the_signal_is_said_to_be_stopped(tmp_path: Path):
+def test_a_process_that_does_not_answer_the_signal_is_said_to_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parts, "STACKS_TIMEOUT_S", 0.3)
     path = tmp_path / "rank.stacks"
     path.write_text("earlier\n")
-    assert "stopped" in ask_for_stacks(lambda: None, path, timeout_s=0.3)
+    assert "stopped" in ask_for_stacks(lambda: None, path)
 
     def answer() -> None:
         threading.Timer(0.05, lambda: path.open("a").write("File x, line 1")).start()
 
-    assert ask_for_stacks(answer, path, timeout_s=5) == "File x, line 1"
+    monkeypatch.setattr(parts, "STACKS_TIMEOUT_S", patient(5))
+    assert ask_for_stacks(answer, path) == "File x, line 1"
 
 
 def test_stacks_that_are_written_piece_by_piece_are_read_to_their_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parts, "STACKS_TIMEOUT_S", patient(5))
     path, pieces = tmp_path / "rank.stacks", iter(["line 2, ", "line 3"])
 
     def write(piece: str) -> None:
@@ -115,7 +119,7 @@ def test_stacks_that_are_written_piece_by_piece_are_read_to_their_end(tmp_path: 
             file.write(piece)
 
     monkeypatch.setattr(parts.time, "sleep", lambda seconds: write(next(pieces, "")))
-    assert ask_for_stacks(lambda: write("line 1, "), path, timeout_s=5) == "line 1, line 2, line 3"
+    assert ask_for_stacks(lambda: write("line 1, "), path) == "line 1, line 2, line 3"
 
 
 def test_a_process_writes_the_stacks_of_its_threads_on_the_signal_each_time(tmp_path: Path) -> None:

@@ -30,6 +30,9 @@ LOOPBACK = "127.0.0.1"
 _LOOPBACK_HOSTS = (LOOPBACK, "localhost", "::1")
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 30.0
+_ANSWERS_TIMEOUT_S = 1
+"""Whole seconds for answers under way when the server stops."""
+_START_POLL_S = 0.01
 _CONNECTIONS: dict[str, Any] = {"http": HeaderDeadline, "timeout_keep_alive": SERVER_IDLE_TIMEOUT_S}  # Any: uvicorn's options
 
 
@@ -106,7 +109,7 @@ class ServerThread:
     ) -> None:
         self._socket = socket.create_server((LOOPBACK, 0))
         app = EngineServer(engine, model_path=model_path, token=token, adapters=adapters, check_base=check_base).app()
-        options = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **_CONNECTIONS)
+        options = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_ANSWERS_TIMEOUT_S, **_CONNECTIONS)
         self._server = uvicorn.Server(options)
         self._thread = daemon("qwench-engine-server", self._server.run, [self._socket])
 
@@ -122,7 +125,7 @@ class ServerThread:
         while not self._server.started:
             if not self._thread.is_alive() or time.monotonic() > deadline:
                 raise EngineError(f"the engine's server did not start within {START_TIMEOUT_S:g} s; see its log.")
-            time.sleep(0.01)
+            time.sleep(_START_POLL_S)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

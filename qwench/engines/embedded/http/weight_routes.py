@@ -38,6 +38,7 @@ from qwench.wire.weight_group import WeightGroup, reach_store
 SAFETENSORS_BODY = "application/octet-stream"
 JSON_BODY = "application/json"
 GROUP_TIMEOUT_S = 600.0
+MAX_GROUP_TIMEOUT_S = 86_400.0
 MAX_GROUPS = 4
 """Joined or being joined at once: each join holds a thread until the others have come."""
 _MAX_VERSION_DIGITS = 18
@@ -84,7 +85,7 @@ class GroupBody(BaseModel):
     world_size: int = Field(ge=1, lt=2**31)
     group_name: str = "weight_update_group"
     backend: str = "nccl"
-    timeout_s: float = Field(default=GROUP_TIMEOUT_S, gt=0, le=86_400)
+    timeout_s: float = Field(default=GROUP_TIMEOUT_S, gt=0, le=MAX_GROUP_TIMEOUT_S)
     """Our addition: of joining and of each broadcast."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from contextlib import closing
 from dataclasses import replace
 
@@ -129,7 +130,7 @@ def test_flushing_reaches_every_engine(pool):
 class Process:
     """A server or router that may have ended."""
 
-    base_url = "http://router"
+    base_url, generate_timeout_s = "http://router", 0.1
 
     def __init__(self, label, *, runs):
         self.label, self.runs = label, runs
@@ -141,6 +142,8 @@ class Process:
         return f"the end of {self.label}'s log"
 
     def stop(self): ...
+
+    async def add(self, url): ...
 
     async def close(self): ...
 
@@ -164,6 +167,15 @@ def test_the_error_of_a_lost_engine_says_which_processes_have_ended_once(router,
             with pytest.raises(type(other)) as raised, pool.explaining():
                 raise other
             assert raised.value is other
+
+
+def test_a_request_through_the_router_ends_at_its_deadline():
+    router = Process("router", runs=True)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        router.base_url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with closing(EnginePool([FakeEngine(lambda context, request: "")], EventLoopThread(), router=router)) as pool:
+            with pytest.raises(EngineLostError, match=r"router \(.*\) did not answer /generate within 0\.1 s"):
+                run(pool, pool.generate(ask("r", [5])))
 
 
 class LostOnce(FakeEngine):

@@ -76,7 +76,7 @@ def with_router(scenario: Callable[[SglangRouter, Routes, Process], Awaitable[No
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         process = Process(f"http://127.0.0.1:{runner.addresses[0][1]}")
-        router = SglangRouter(process)  # type: ignore[arg-type]
+        router = SglangRouter(process, generate_timeout_s=1)  # type: ignore[arg-type]
         router.start()
         try:
             await scenario(router, routes, process)
