@@ -165,7 +165,7 @@ def to_a_server(
                 update_weight_transport=way,
                 update_weight_disk_dir=str(args.output),
             )
-            plan = PublicationPlan(engine=flags, model_folder=folder)
+            plan = PublicationPlan(engine=flags, model_folder=folder, timeout_s=600)
             publish = partial(publish_from_rank, source, [address], 1, plan, link=link)
             # A disk is slow enough to be timed once.
             yield way, timed(publish, rounds=1 if way == "disk" else args.rounds, device=source.device)

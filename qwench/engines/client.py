@@ -136,11 +136,10 @@ class HttpEngine:
         while bucket is not None:
             body = await asyncio.to_thread(_serialise, bucket)
             bucket = await asyncio.to_thread(next, iterator, None)
-            query = f"?weight_version={version}&index={index}&final={'true' if bucket is None else 'false'}"
+            query = f"weight_version={version}&index={index}&final={'true' if bucket is None else 'false'}"
             index += 1
-            answer = await self._request(
-                "POST", f"/update_weights_from_tensor{query}", body, "application/octet-stream", _DEFAULTS.update_weights_timeout
-            )
+            path, timeout_s = f"/update_weights_from_tensor?{query}", _DEFAULTS.update_weights_timeout
+            answer = await self._request("POST", path, body, "application/octet-stream", timeout_s)
         if answer is None:
             raise WeightSyncError(f"weight version {version} for {self!r} has no buckets at all.")
         return WeightReceipt(version=int(answer["weight_version"]), checksums=answer["checksums"])

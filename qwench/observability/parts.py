@@ -161,4 +161,6 @@ def ask_for_stacks(send: Callable[[], None], path: Path) -> str:
     with path.open("rb") as file:
         file.seek(before)
         written = file.read().decode(errors="replace").strip()
-    return written or f"(no answer within {STACKS_TIMEOUT_S:g} s: the process is stopped, or does not handle {STACKS_SIGNAL.name})"
+    return (
+        written or f"(no answer within {STACKS_TIMEOUT_S:g} s: the process is stopped, or does not handle {STACKS_SIGNAL.name})"
+    )

@@ -46,7 +46,7 @@ class PublicationPlan:
     """The adapter, if engines take it by name. They have the frozen weights then."""
     part: WeightPart = "merged"
     """What this publication brings."""
-    timeout_s: float = 600.0
+    timeout_s: float
     """For one engine to take one bucket, or from disk all weights."""
 
     @property

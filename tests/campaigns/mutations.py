@@ -4,10 +4,10 @@
     python -m tests.campaigns.mutations qwench/rewards --total 25 --seed 3           25 changes of all modules below a folder
     python -m tests.campaigns.mutations qwench/samples.py --tests tests/unit/rollout/test_groups.py
 
-A change is tried on the module's mirror in tests/unit. The other test files of its folder, and those that import it, then
-try the changes which the mirror did not notice. With `--reach FILE` (see `reach.py`) all other tests that run the changed
-function try what is left, the quickest first, up to 30 s of each kind, and then one file
-with a test that takes longer. `--tests` names other files in place of all that.
+A change is tried on the module's mirror in tests/unit, and on the test of all deadlines. The other test files of its folder,
+and those that import it, then try the changes which these did not notice. With `--reach FILE` (see `reach.py`) all other tests
+that run the changed function try what is left, the quickest first, up to 30 s of each kind, and then one file with a test that
+takes longer. `--tests` names other files in place of all that.
 
 The tests run on a copy of the tree. Every change runs in a fork of a process that has imported the heavy libraries. `--jobs`
 tries several modules at once, each job on its own copy. Read each change that is printed: a test is missing, the code does
@@ -41,6 +41,8 @@ from tests.campaigns.reach import Reach, copy_tree
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "torch.distributed", "transformers", "hypothesis", "sympy", "aiohttp", "fastapi", "uvicorn")
+READS_ALL = "tests/unit/test_waits.py"
+"""Reads the source of every module."""
 LIMIT_S = 30.0
 """How long the recorded tests of one change take."""
 SUITE_LIMIT_S = 600.0
@@ -260,7 +262,7 @@ def stages_of(module: Path) -> list[list[str]]:
     others = {*importers_of(module), *map(str, folder.glob("test_*.py"))} - set(own)
     while not others and not (ROOT / folder).exists():
         folder = folder.parent
-    return [own, sorted(others) or ([] if own else [str(folder)])]
+    return [[*own, READS_ALL], sorted(others) or ([] if own else [str(folder)])]
 
 
 def reach_of(module: Path, reach: Reach | None) -> Reach | None:

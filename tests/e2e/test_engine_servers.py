@@ -61,7 +61,7 @@ class Scene:
 
     def publisher_of(self, model: PreTrainedModel) -> Publisher:
         """Return what brings a model's weights to both engines over their sockets."""
-        plan, gpus = PublicationPlan(engine=EngineConfig()), DedicatedGpus(weights_may_alias=False)
+        plan, gpus = PublicationPlan(engine=EngineConfig(), timeout_s=patient(60)), DedicatedGpus(weights_may_alias=False)
         published = Published(self.pool, model)
         return Publisher(published, self.pool, plan, gpus=gpus, timer=PhaseTimer())  # type: ignore[arg-type]
 

@@ -41,9 +41,7 @@ class Dispatcher:
         """
         self._members = members
         self._can_republish = can_republish
-        self._routed = router and HttpEngine(
-            router.base_url, label=router.label, generate_timeout_s=router.generate_timeout_s, lost_statuses=OF_A_ROUTER
-        )
+        self._routed = None if router is None else _client_of(router)
         self._supervisor = supervisor
         self._names: dict[str, str] = {}
         """Open request -> the id that the last engine got. Each attempt has another id."""
@@ -159,3 +157,8 @@ class Dispatcher:
                 f"request {result.request_id} was answered by weight version {wrong[0]}; "
                 f"the engines are meant to hold {oldest} to {newest}."
             )
+
+
+def _client_of(router: Router) -> HttpEngine:
+    timeout_s = router.generate_timeout_s
+    return HttpEngine(router.base_url, label=router.label, generate_timeout_s=timeout_s, lost_statuses=OF_A_ROUTER)

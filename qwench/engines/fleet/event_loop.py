@@ -1,6 +1,6 @@
 """An asyncio loop in its own thread, so that synchronous code can call engines with a deadline.
 
-main thread: loop.run(coroutine, label="publish weights", timeout_s=600) ---> loop thread runs it ---> result or error
+main thread: loop.run(coroutine, label="publish weights", timeout_s=timeout_s) ---> loop thread runs it ---> result or error
 """
 
 from __future__ import annotations

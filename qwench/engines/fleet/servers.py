@@ -110,7 +110,7 @@ class ServerCommand:
     """Address that it listens on and is reached at."""
     port: int | None = None
     """None: one that is free at the first start."""
-    start_timeout_s: float = 1800.0
+    start_timeout_s: float
     dumps_stacks: bool = False
     """All its processes write their stacks to the log on `observability.parts.STACKS_SIGNAL`, instead of ending."""
 

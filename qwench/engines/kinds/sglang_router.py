@@ -40,7 +40,9 @@ RouterArgs.add_cli_args(parser, use_router_prefix=False)
 """
 
 
-def router_command(words: Sequence[str], *, environ: Mapping[str, str], log_folder: Path, generate_timeout_s: float) -> ServerCommand:
+def router_command(
+    words: Sequence[str], *, environ: Mapping[str, str], log_folder: Path, generate_timeout_s: float
+) -> ServerCommand:
     """Return how to start the router with the user's --router-* flags (`words`, without that prefix).
 
     Args:
@@ -51,7 +53,7 @@ def router_command(words: Sequence[str], *, environ: Mapping[str, str], log_fold
     """
     names = [word.removeprefix("--") for word in words if word.startswith("--")]
     rest, port = _take_port(words)
-    defaults = DEFAULTS | {"request-timeout-secs": str(math.ceil(2 * generate_timeout_s))}
+    defaults = {**DEFAULTS, "request-timeout-secs": str(math.ceil(2 * generate_timeout_s))}
     given = [word for name, value in defaults.items() if name not in names for word in (f"--{name}", value)]
     if "prometheus-port" not in names:
         given += ["--prometheus-port", str(unused_port(ADDRESS))]

@@ -42,7 +42,7 @@ class Scene:
 
     def publishing(self, model) -> Publisher:
         """Return a publisher whose model sends by its own `publish`."""
-        plan, gpus = PublicationPlan(engine=EngineConfig()), DedicatedGpus(weights_may_alias=False)
+        plan, gpus = PublicationPlan(engine=EngineConfig(), timeout_s=DEADLINE_S), DedicatedGpus(weights_may_alias=False)
         return Publisher(model, self.pool, plan, gpus=gpus, timer=PhaseTimer())
 
     def publish(self, addresses, version: int, plan: PublicationPlan) -> None:

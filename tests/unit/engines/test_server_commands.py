@@ -144,7 +144,8 @@ def test_the_router_takes_the_users_flags_over_our_defaults(tmp_path):
     assert value_of(made.argv, "--request-timeout-secs") == "2", "the client's deadline comes first"
     assert made.argv.count("--policy") == 1 and value_of(made.argv, "--policy") == "random"
     assert "--port" not in made.argv
-    assert value_of(router_command((), environ={}, log_folder=tmp_path, generate_timeout_s=3600).argv, "--policy") == "round_robin"
+    plain = router_command((), environ={}, log_folder=tmp_path, generate_timeout_s=3600)
+    assert value_of(plain.argv, "--policy") == "round_robin"
 
 
 def test_the_installed_router_takes_our_defaults(tmp_path):

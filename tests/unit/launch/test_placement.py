@@ -135,7 +135,7 @@ def test_engines_get_the_trainers_gpus_or_those_after_them(engines, critic, expe
 
     def make(*, gpu_ids, environ, host):
         asked.append(list(gpu_ids))
-        return ServerCommand(label="engine", argv=(), environ=environ, log_file=Path())
+        return ServerCommand(label="engine", argv=(), environ=environ, log_file=Path(), start_timeout_s=1)
 
     processes = LocalProcesses(inputs, Bundles(trainer=(4,), critic=critic, engines=engines), ranks_inside=False)
     servers = processes.make_servers([make] * 3, sizes=[2, 1, 1])

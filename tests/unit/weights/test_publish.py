@@ -15,6 +15,7 @@ from qwench.weights.plan import PublicationPlan
 from qwench.weights.publisher import Publisher
 from qwench.wire.portions import WeightBucket, bucketed
 from tests.checksums import tensor_checksum
+from tests.deadlines import patient
 
 WEIGHTS = {"embed": torch.arange(6.0).view(2, 3), "norm": torch.ones(3), "head": torch.arange(4.0)}
 
@@ -86,7 +87,7 @@ class Pool:
 
 
 def publish(source, pool, *, version, weights_may_alias=True, bucket_bytes=512 * 1024**2) -> None:
-    plan = PublicationPlan(engine=EngineConfig(update_weight_buffer_size=bucket_bytes))
+    plan = PublicationPlan(engine=EngineConfig(update_weight_buffer_size=bucket_bytes), timeout_s=patient(20))
     gpus = DedicatedGpus(weights_may_alias=weights_may_alias)
     publisher = Publisher(source, pool, plan, gpus=gpus, timer=PhaseTimer())
     publisher.publish(version=version)

@@ -173,9 +173,12 @@ def test_a_request_through_the_router_ends_at_its_deadline():
     router = Process("router", runs=True)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         router.base_url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with closing(EnginePool([FakeEngine(lambda context, request: "")], EventLoopThread(), router=router)) as pool:
-            with pytest.raises(EngineLostError, match=r"router \(.*\) did not answer /generate within 0\.1 s"):
-                run(pool, pool.generate(ask("r", [5])))
+        engine = FakeEngine(lambda context, request: "")
+        with (
+            closing(EnginePool([engine], EventLoopThread(), router=router)) as pool,
+            pytest.raises(EngineLostError, match=r"router \(.*\) did not answer /generate within 0\.1 s"),
+        ):
+            run(pool, pool.generate(ask("r", [5])))
 
 
 class LostOnce(FakeEngine):

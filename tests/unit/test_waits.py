@@ -1,0 +1,61 @@
+"""docs/waits.md tells what waits how long: every number there is that of the code, and none is missing."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+
+from qwench.config.sections.engine import EngineConfig
+from qwench.config.sections.reward import RewardConfig
+from qwench.config.sections.timeouts import TimeoutConfig
+
+ROOT = Path(__file__).parents[2]
+SOURCES = {path.relative_to(ROOT / "qwench"): path.read_text("utf-8") for path in sorted((ROOT / "qwench").rglob("*.py"))}
+CONSTANT = re.compile(r"^(_?[A-Z]\w*_S|_?(?:MAX_|CONNECT_)?ATTEMPTS|MAX_STARTS) = ([\d._e]+)(?:  #.*)?$", re.MULTILINE)
+KEYWORD = r"\b(?:timeout\w*|\w+_s)=[\d.]*[1-9][\d.]*(?=[,)])"
+IN_A_CALL = re.compile(KEYWORD + r"|\b(?:sleep|join|wait|wait_for|poll|alarm)\([^()]*\b[\d.]*[1-9]\d*\)")
+OF_A_SIGNATURE = re.compile(r"^ +\w*(?:timeout|_s): (?:float|int)(?: \| None)? = \d.*$", re.MULTILINE)
+SECONDS_OF = {"s": 1, "min": 60, "h": 3600}
+
+
+def rows(*, width: int) -> Iterator[list[str]]:
+    """Return the cells of the page's rows with so many columns."""
+    for line in (ROOT / "docs/waits.md").read_text("utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if line.startswith("| ") and len(cells) == width and "`" in line and all(cells):
+            yield cells
+
+
+def test_the_page_lists_every_fixed_deadline_pause_and_number_of_tries():
+    shown = {cells[-1].strip("`"): float(cells[1]) for width in (3, 4) for cells in rows(width=width) if "`--" not in cells[1]}
+    found = {
+        ".".join([*path.with_suffix("").parts, name]): float(value)
+        for path, source in SOURCES.items()
+        for name, value in CONSTANT.findall(source)
+    }
+    assert shown == found
+
+
+def test_the_page_lists_every_deadline_that_a_flag_sets():
+    shown = {flag.strip("`"): default for _, flag, default in rows(width=3) if "`--" in flag}
+    sections: tuple[type, ...] = (TimeoutConfig, EngineConfig, RewardConfig)
+    defaults: Mapping[str, object] = {
+        "--" + one.name.replace("_", "-"): one.default
+        for section in sections
+        for one in fields(section)
+        if "timeout" in one.name
+    }
+    assert shown.keys() == defaults.keys()
+    for flag, default in shown.items():
+        number, _, unit = default.partition(" ")
+        seconds = None if number == "none" else float(number) * SECONDS_OF[unit]
+        given = defaults[flag]
+        assert seconds == (60 * given if isinstance(given, float) and flag.endswith("-minutes") else given), flag
+
+
+def test_seconds_have_a_name_that_the_page_can_tell():
+    nameless = {f"{path}: {found[0]}" for path, source in SOURCES.items() for found in IN_A_CALL.finditer(source)}
+    assert nameless == set()
+    in_signatures = {path for path, source in SOURCES.items() if OF_A_SIGNATURE.search(source)}
+    theirs = {Path("foreign/session.py")}  # slime's functions and their defaults
+    assert {path for path in in_signatures if path.parts[:2] != ("config", "sections")} == theirs
