@@ -108,7 +108,8 @@ def test_a_second_signal_ends_the_run_at_once(workspace: Workspace, tmp_path: Pa
     time.sleep(2 * REPEAT_S)
     if driver.runs():  # else it was quick
         os.kill(driver.pid, signal.SIGTERM)
-    assert driver.end(timeout_s=patient(20)).returncode == 143
+    # -15: the second signal met a process that had saved, and was leaving; a shell says 143 of both
+    assert driver.end(timeout_s=patient(20)).returncode in (143, -signal.SIGTERM)
     wait_for("the end of the server", lambda: not started & set(descendants(1)))
     assert not shared_memory_of({driver.pid, *started})
 
