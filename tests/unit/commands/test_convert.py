@@ -1,13 +1,18 @@
 """What `qwench convert` says when it has ended."""
 
+import shutil
 from pathlib import Path
 
 import pytest
-from transformers import PretrainedConfig, Qwen3Config
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
 from qwench.checkpoints.convert import Conversion, Converted
-from qwench.commands.convert import _report, convert_torch_dist_to_hf, run
-from qwench.errors import ConfigError
+from qwench.commands.convert import PROMPTS, _report, _verify, convert_torch_dist_to_hf, run
+from qwench.errors import CheckpointError, ConfigError
+from qwench.models.made.qwen3 import make_checkpoint
+from qwench.models.made.tokenizers import build_small_tokenizer
 from tests.fakes.console import RecordingConsole
 
 
@@ -39,3 +44,26 @@ def test_what_contradicts_the_models_is_refused_before_anything_is_read(tmp_path
     with pytest.raises(ConfigError, match=r"empty has no config\.json; give the model's Hugging Face folder"):
         run([*whole, "torch_dist", "--hf-checkpoint", str(tmp_path / "empty")])
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_were_not_written_as_they_were_read_are_told_by_the_logits(tmp_path: Path) -> None:
+    tokenizer, (one, other) = build_small_tokenizer(), (tmp_path / name for name in ("one", "other"))
+    make_checkpoint(one, size="tiny", tokenizer=tokenizer, seed=1)
+    shutil.copytree(one, other)
+    conversion = Conversion(source=one, output=other, to="hf", hf_folder=one, config=PretrainedConfig())
+    console = RecordingConsole()
+    _verify(console, conversion, torch.float32)
+    assert len(console.lines) == 1 and console.lines[0].startswith("verified: Hugging Face's model computes the same logits")
+
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] *= 2  # doubles every logit
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32)
+    with torch.no_grad():
+        largest = max(float(model(torch.tensor([tokenizer(text)["input_ids"]])).logits.abs().max()) for text in PROMPTS)
+    with pytest.raises(CheckpointError, match=rf"^the logits of {one} and {other} differ by up to {largest:g}; do not use"):
+        _verify(console, conversion, torch.float32)
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="differ by up to inf"):
+        _verify(console, conversion, torch.float32)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,15 @@ class Stages:
         self.folder = folder
         self.verbs = []
         self.stop = None
+        self.sizes = {}
+
+    def write(self, folder, *, seed, **sizes):
+        self.sizes = sizes
+        write_data(folder, seed=seed, num_demos=2, num_prompts=2, num_held_out=2)
+
+    def plot(self, metrics, file, names):
+        assert (metrics, names) == (self.folder / "grpo" / "metrics.jsonl", ["rollout/raw_reward", "eval/held_out"])
+        return file
 
     def run(self, arguments):
         if len(self.verbs) == self.stop:
@@ -34,7 +44,7 @@ class Stages:
         result = next(result for _, words, result in commands(self.folder, seed=0) if words == list(arguments))
         if result.suffix == ".json":
             result.parent.mkdir(parents=True)
-            result.write_text(json.dumps({"eval/held_out": 0.5}))
+            result.write_text(json.dumps({"eval/held_out": 0.25 if "before" in str(result) else 0.75}))
         else:
             result.mkdir()
 
@@ -44,10 +54,8 @@ def ran(monkeypatch, tmp_path):
     """Return the stages of a tour in a folder that is not there yet."""
     stages = Stages(tmp_path / "q")
     monkeypatch.setattr(quickstart, "run_command", stages.run)
-    monkeypatch.setattr(quickstart, "plot_curves", lambda metrics, file, names: file)
-    monkeypatch.setattr(
-        quickstart, "write_data", lambda folder, **sizes: write_data(folder, seed=0, num_demos=2, num_prompts=2, num_held_out=2)
-    )
+    monkeypatch.setattr(quickstart, "plot_curves", stages.plot)
+    monkeypatch.setattr(quickstart, "write_data", stages.write)
     return stages
 
 
@@ -56,13 +64,39 @@ def test_every_stage_runs_once_in_order_and_a_finished_tour_runs_none(ran, capsy
     assert ran.verbs == ["make-model", "sft", "eval", "train", "eval"]
     tour(ran.folder)
     assert ran.verbs == ["make-model", "sft", "eval", "train", "eval"]
-    assert capsys.readouterr().out.count("done already") == 5
+    said = capsys.readouterr().out
+    assert said.count("done already") == 5
+    told = re.findall(r"\n== (\d of \d): (.*)\n\$ qwench (\S+)", said)
+    assert told[:5] == told[5:] == [
+        ("1 of 5", "A tiny Qwen3 with random weights", "make-model"), ("2 of 5", "Fine-tuning on demonstrations", "sft"),
+        ("3 of 5", "Held-out accuracy before GRPO", "eval"), ("4 of 5", "GRPO with the deepscaler reward", "train"),
+        ("5 of 5", "Held-out accuracy after GRPO", "eval"),
+    ]  # fmt: skip
+    assert len(re.findall(r"\nheld-out accuracy: 0\.250 after fine-tuning, 0\.750 after GRPO; \d+ s in all\n", said)) == 2
+    assert said.endswith(
+        f"curves      {ran.folder}/curves.png\nmetrics     {ran.folder}/grpo/metrics.jsonl\n"
+        f"checkpoint  {ran.folder}/grpo\nHF export   {ran.folder}/grpo-hf\n"
+    )
+    assert ran.sizes == {"num_demos": 360 * 64, "num_prompts": 4000, "num_held_out": 256}  # one epoch of fine-tuning
 
 
 def test_every_command_is_accepted_by_its_verb(tmp_path):
     kinds = {"make-model": MakeModelConfig, "sft": Config, "train": Config, "eval": Config}
     for _, (verb, *words), _ in commands(tmp_path, seed=3):
         parse_flags(kinds[verb], words, prog=f"qwench {verb}")
+
+
+def test_a_stage_starts_from_what_the_one_before_has_left_and_the_tour_owns_all_of_it(tmp_path):
+    stages, written = commands(tmp_path, seed=3), tmp_path / "data" / "sft.jsonl"
+    after = {"--output", "--save", "--save-hf", "--eval-output"}
+    there = {written, *(written.with_stem(name) for name in ("train", "test"))}
+    for _, words, result in stages:
+        named = {(before, Path(word)) for before, word in pairwise(words) if word.startswith(str(tmp_path))}
+        assert {path for flag, path in named if flag not in after} <= there
+        there |= {path for flag, path in named if flag in after}
+        assert result in there or result.parent in there
+    assert {path.relative_to(tmp_path).parts[0] for path in there} | {"curves.png"} == quickstart._ENTRIES
+    assert stages[0][1][-2:] == ["--seed", "3"]
 
 
 @pytest.mark.parametrize("stop", range(5))

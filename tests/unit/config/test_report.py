@@ -64,6 +64,10 @@ def test_the_configuration_of_a_run_can_be_given_back(files, tmp_path):
     assert parse_run("train", ["--config", str(path)]) == config
 
 
+def test_other_alphabets_are_written_as_they_are():
+    assert "\nprompt-data: /数据/a.jsonl\n" in as_yaml(Config(data=DataConfig(prompt_data="/数据/a.jsonl")))
+
+
 def test_what_is_passed_to_engines_is_kept_under_its_flags():
     kept = yaml.safe_load(as_yaml(SECRETS))
     assert {name: value for name, value in kept.items() if name.startswith("sglang-")}.items() >= {

@@ -106,7 +106,10 @@ def test_evaluation_needs_sets_and_a_length_and_may_restrict_sampling(files):
     words += ["--eval-prompt-data", "e", str(files / "train.jsonl")]
     with pytest.raises(ConfigError, match="--eval-max-response-len is required"):
         parse_run("eval", words)
-    assert plan_run(parse_run("eval", [*words, "--eval-max-response-len", "9"]), QWEN3_4B).eval_sets[0].top_p == 0.9
+    words += ["--eval-max-response-len", "9"]
+    assert plan_run(parse_run("eval", words), QWEN3_4B).eval_sets[0].top_p == 0.9
+    with pytest.raises(ConfigError, match="^--eval-output /dev/null/x cannot be .*is a file"):
+        parse_run("eval", [*words, "--eval-output", "/dev/null/x"])
 
 
 def test_sets_of_a_file_are_checked_before_anything_starts(files):
@@ -144,7 +147,7 @@ def test_a_circle_of_symbolic_links_is_refused(files, flag, below):
 @pytest.mark.parametrize(
     ("flag", "more"),
     [("--save", ""), ("--log-dir", ""), ("--save-hf", ""), ("--save-debug-rollout-data", "/{rollout_id}.jsonl"),
-     ("--dump-details", ""), ("--tensorboard-dir", ""), ("--wandb-dir", "")],
+     ("--dump-details", ""), ("--tensorboard-dir", ""), ("--wandb-dir", ""), ("--memory-snapshot-dir", "")],
 )  # fmt: skip
 @pytest.mark.parametrize(
     ("place", "why"),
@@ -153,7 +156,7 @@ def test_a_circle_of_symbolic_links_is_refused(files, flag, below):
 def test_a_place_where_nothing_can_be_written_is_refused(files, flag, more, place, why):
     (files / "link").symlink_to(files / "nowhere")
     place = place.replace("LINK", str(files / "link"))
-    others = ["--use-tensorboard", "--use-wandb", "--wandb-project", "p"]
+    others = ["--use-tensorboard", "--use-wandb", "--wandb-project", "p", "--record-memory-history"]
     with pytest.raises(ConfigError, match=rf"^{flag.replace('dump-details', 'save-debug-rollout-data')} .*cannot be .*{why}"):
         parse_run("train", [*flat(words_of(files)), "--save", str(files / "run"), *others, flag, f"{place}{more}"])
     assert not any(path.name.startswith("tmp") for path in files.iterdir())
