@@ -180,7 +180,7 @@ class NoPrompts:
 def _read_pass_rate(row: Row, key: str | None) -> float | None:
     if key is None:
         return None
-    rate = row.require(key, flag="--curriculum-key")
+    rate = row.values[key] if key in row.values else row.require(key, flag="--curriculum-key")
     if rate is None:
         return None
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:

@@ -74,6 +74,7 @@ def test_the_reward_that_passes_may_be_lower():
 def test_a_row_is_drawn_again_after_some_epochs_outside_of_the_band():
     source = source_of([0.0, 0.5], curriculum_retry_epochs=2)
     assert letters(source.next_groups(7)) == "bbabbba"
+    assert letters(source_of([0.5, 0.5, 0.0], curriculum_retry_epochs=2).next_groups(9)) == "abababcab"
 
 
 def test_a_band_without_any_row_still_hands_out_rows():

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import random
 
@@ -5,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwench.data.cursor import DataCursor
+from qwench.data.cursor import DataCursor, fingerprint
 from qwench.errors import CheckpointError
 
 
@@ -91,3 +92,7 @@ def test_without_shuffling_another_seed_changes_nothing():
 def test_rollouts_per_epoch_are_whole_and_at_least_one():
     assert make_cursor(100).num_rollouts_per_epoch(32) == 3
     assert make_cursor(5).num_rollouts_per_epoch(32) == 1
+
+
+def test_the_fingerprint_of_rows_is_that_of_the_checkpoints_there_are():
+    assert fingerprint("é", {"a": 1}) == hashlib.sha256(b'["\\u00e9", {"a": 1}]').hexdigest()[:16]

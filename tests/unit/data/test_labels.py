@@ -74,11 +74,11 @@ def test_the_answer_of_gsm8ks_solutions_is_read(tmp_path, label, read):
 
 
 def test_a_custom_reward_gets_any_label(tmp_path):
-    rows = [{"prompt": "a", "label": {"x": [1]}}, {"prompt": "b", "label": " "}, {"prompt": "c", "label": "#### 7"}]
+    rows = [{"prompt": "a", "label": {"x": ["é"]}}, {"prompt": "b", "label": " "}, {"prompt": "c", "label": "#### 7"}]
     labels = [prompt.label for prompt in load(tmp_path, rows, label_key="label").prompts]
-    assert labels == ['{"x": [1]}', " ", "#### 7"]
+    assert labels == ['{"x": ["é"]}', " ", "#### 7"]
 
 
 def test_a_list_column_of_parquet_is_no_label(tmp_path):
-    with pytest.raises(ConfigError, match=r'data\.parquet row 1: key .label. .* must be a string or a number, got \["7"\]'):
-        load(tmp_path, [{"prompt": "x", "label": ["7"]}], label_key="label", require_label=True, parquet=True)
+    with pytest.raises(ConfigError, match=r'data\.parquet row 1: key .label. .* must be a string or a number, got \["é"\]'):
+        load(tmp_path, [{"prompt": "x", "label": ["é"]}], label_key="label", require_label=True, parquet=True)

@@ -4,7 +4,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qwench.data.prompts import LoadedPrompts, PromptSource, load_prompts
+from qwench.data.chat import tokenize
+from qwench.data.prompts import LoadedPrompts, NoPrompts, PromptSource, load_prompts
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.samples import Prompt, Status
@@ -143,6 +144,15 @@ def test_a_template_that_writes_far_more_than_it_is_given_is_refused_and_a_long_
     endless.chat_template = "{{ 'x' * 100000000 }}{{ messages[-1]['content'] }}"
     with pytest.raises(ConfigError, match=r"jsonl:1: the chat template writes 100,\d+,\d+ characters around a far shorter"):
         load(tmp_path, [{"prompt": text}], tokenizer=endless, apply_chat_template=True)
+    endless.chat_template = "{{ 'x' * 1000 }}{{ messages[-1]['content'] }}"  # far more than a short row, and yet short
+    assert load_one(tmp_path, {"prompt": text}, tokenizer=endless, apply_chat_template=True).text == "x" * 1000 + text
+
+
+def test_a_template_that_writes_what_is_no_text_is_refused(tmp_path):
+    broken = build_small_tokenizer()
+    broken.chat_template = r"{{ messages[-1]['content'] }}{{ '\x00' }}"
+    with pytest.raises(ConfigError, match=r"data\.jsonl:1 holds a NUL character"):
+        load(tmp_path, [{"prompt": "a"}], tokenizer=broken, apply_chat_template=True)
 
 
 def test_tokenizer_without_a_template_is_refused(tmp_path):
@@ -150,6 +160,28 @@ def test_tokenizer_without_a_template_is_refused(tmp_path):
     bare.chat_template = None
     with pytest.raises(ConfigError, match="has no chat template"):
         load(tmp_path, [{"prompt": "x"}], tokenizer=bare, apply_chat_template=True)
+
+
+def test_no_texts_have_no_tokens():
+    assert tokenize(TOKENIZER, []) == []
+
+
+def test_a_pass_rate_is_read_from_0_to_1_and_null_is_not_known(tmp_path):
+    rows = [{"prompt": "a", "rate": rate} for rate in (0, 1, 0.5, None)]
+    found = load(tmp_path, rows, pass_rate_key="rate").prompts
+    assert [prompt.pass_rate for prompt in found] == [0.0, 1.0, 0.5, None]
+    for rate in (-0.1, 1.1, True, "0.5"):
+        with pytest.raises(ConfigError, match=rf"data\.jsonl:1: 'rate' is {rate!r}, and --curriculum-key names a pass rate"):
+            load(tmp_path, [{"prompt": "a", "rate": rate}], pass_rate_key="rate")
+    with pytest.raises(ConfigError, match=r"data\.jsonl:1: key 'rate' \(--curriculum-key\) is missing"):
+        load(tmp_path, [{"prompt": "a"}], pass_rate_key="rate")
+
+
+def test_a_run_without_prompts_has_none_to_give():
+    source = NoPrompts()
+    assert source.next_groups(0) == [] and source.num_rollouts_per_epoch(8) == 1 and source.state_dict() == {}
+    with pytest.raises(ConfigError, match="^--disable-rollout-global-dataset: the rollout function asked for 2 prompts"):
+        source.next_groups(2)
 
 
 def test_overrides_replace_entries_of_every_prompts_metadata(tmp_path):

@@ -126,6 +126,24 @@ def test_a_sample_is_shown_with_its_reward_the_reason_and_the_label():
     )
 
 
+@pytest.mark.parametrize(
+    ("messages", "asked"),
+    [
+        ("1+1", "the whole prompt"),
+        ([], "the whole prompt"),
+        ([{"role": "assistant", "tool_calls": []}], "the whole prompt"),
+        ([{"role": "user", "content": "first"}, {"role": "user", "content": "last"}], "last"),
+    ],
+)
+def test_the_last_message_is_shown_and_the_prompt_where_there_is_none(messages, asked):
+    console, _, report, _ = opened(show_samples=1)
+    prompt = Prompt(text="the whole prompt", token_ids=(1,), label=None, messages=messages)
+    ungraded = Sample(prompt=prompt, sample_id=7, group_id=1, response="x")
+    report.samples(Rollout(rollout_id=3, groups=[Group(group_id=1, samples=[ungraded])]))
+    lines = "\n".join(console.lines).splitlines()
+    assert lines == ["sample 7 of rollout 3: no reward", f"  prompt   | {asked}", "  response | x"]
+
+
 def test_a_long_response_loses_its_middle_and_keeps_its_end():
     text = shown_sample("start " + "x" * 5000 + r" \boxed{7}")
     assert len(text) < 1000

@@ -10,6 +10,7 @@ from qwench.config.command_line.compat import (
     SHORTHANDS,
     VALUE_ALIASES,
     foreign_flag,
+    our_import_path,
 )
 from qwench.config.command_line.flags import flag_table
 from qwench.config.command_line.refused_flags import PLANNED, REFUSED
@@ -85,15 +86,83 @@ def test_the_accepted_flags_without_a_warning_say_what_is_always_so():
     assert not any(flag.told for flag in ACCEPTED if flag.name in architecture and flag.values != ("*",))
 
 
+FILTERS = "rollout.filter_hub.dynamic_sampling_filters.check_"
+NOTHING_TO_NAME = """
+slime.rollout.sglang_rollout.generate_rollout miles.rollout.sglang_rollout.generate_rollout
+slime.rollout.sglang_streaming_rollout.generate_streaming miles.rollout.sglang_rollout.generate
+slime.rollout.sglang_rollout.generate miles.rollout.generate_hub.single_turn.generate
+miles.rollout.inference_rollout.inference_rollout_common.InferenceRolloutFn
+slime.rollout.on_policy_distillation.post_process_rewards miles.rollout.on_policy_distillation.post_process_rewards
+slime.rollout.data_source.RolloutDataSource miles.rollout.data_source.RolloutDataSource
+slime.rollout.data_source.RolloutDataSourceWithBuffer miles.rollout.data_source.RolloutDataSourceWithBuffer
+slime.backends.megatron_utils.loss.vanilla_tis_function
+miles.backends.training_utils.loss_hub.corrections.vanilla_tis_function
+examples.infra_features.train_infer_mismatch_helper.mis.compute_mis_weights
+examples.infra_features.train_infer_mismatch_helper.mis.compute_mis_weights_fsdp
+examples.infra_features.train_infer_mismatch_helper.mis.compute_mis_weights_with_cp
+examples.train_infer_mismatch_helper.mis.compute_mis_weights
+examples.train_infer_mismatch_helper.mis.compute_mis_weights_fsdp
+examples.train_infer_mismatch_helper.mis.compute_mis_weights_with_cp
+"""
+OURS = {
+    "slime.rollout.sft_rollout.generate_rollout": "qwench.sft",
+    "miles.rollout.sft_rollout.generate_rollout": "qwench.sft",
+    "miles.rollout.generate_hub.multi_turn.generate": "qwench.rollout.tool_loop.generate",
+    "miles.rollout.generate_hub.agentic_tool_call.generate": "qwench.rollout.agent_sessions.generate",
+    "slime.rollout.on_policy_distillation.reward_func": "qwench.rewards.graders.give_nothing",
+    "miles.rollout.on_policy_distillation.reward_func": "qwench.rewards.graders.give_nothing",
+    f"slime.{FILTERS}reward_nonzero_std": "qwench.rollout.filters.check_reward_nonzero_std",
+    f"slime.{FILTERS}reward_nonzero_std_with_fallback": "qwench.rollout.filters.check_reward_nonzero_std_with_fallback",
+    f"miles.{FILTERS}reward_nonzero_std": "qwench.rollout.filters.check_reward_nonzero_std",
+    f"miles.{FILTERS}no_aborted": "qwench.rollout.filters.check_no_aborted",
+    "my.rollout.generate": "my.rollout.generate",
+}
+
+
+def test_their_built_in_functions_are_ours_or_what_happens_without_the_flag():
+    theirs = [*NOTHING_TO_NAME.split(), *OURS]
+    assert [our_import_path(path) for path in theirs] == ["None"] * len(NOTHING_TO_NAME.split()) + [*OURS.values()]
+    for path, reason in (
+        ("slime.rollout.on_policy_distillation.pick", "is not built yet: a choice by domain"),
+        ("miles.rollout.forge_load.load", "is not built yet: another format of recorded rollouts"),
+        ("slime.rollout.other", "names no built-in function of Qwench"),
+        ("miles.rollout.other", "names no built-in function of Qwench"),
+    ):
+        with pytest.raises(ValueError, match=f"^{path} {reason}"):
+            our_import_path(path)
+
+
 def test_a_flag_is_found_by_its_name_and_by_its_negation():
     assert foreign_flag("bf16") is foreign_flag("no-bf16") is FOREIGN_FLAGS["bf16"]
     assert foreign_flag("no-rope-fusion") is FOREIGN_FLAGS["no-rope-fusion"]
 
 
-def test_whole_families_of_flags_are_refused_by_their_prefix():
-    flag = foreign_flag("moe-grouped-gemm")
-    assert flag is not None
-    assert not flag.accepts("moe-grouped-gemm", ())
+REFUSED_FAMILIES = {
+    "not mixtures of experts": "moe-",
+    "own flags set up FSDP2": "fsdp-",
+    "grouped-query attention": "mla- mscale",
+    "full attention": "dsa- linear- hybrid- mamba- gdp- mhc- engram- heterogeneous- mtp-",
+    "SGLang or the embedded engine": "inference-",
+    "Megatron's own RL loop": "rl- grpo- langrl-",
+    "AdamW and Muon": "lion- qk-clip",
+    "Moonlight's scale": "muon-",
+    "other models": "bert- ict- biencoder- retro- vision- swin- dino- img- fim- titles-data- block-data-",
+    "an experiment of Megatron": "kitchen- mup- gtp- megatron-fsdp- logits-save- logits-load- symmetric-",
+}
+ACCEPTED_FAMILIES = {
+    "CUDA graphs of training change speed alone": "cuda-graph-",
+    "which slime and miles never run": "one-logger inprocess- straggler- rerun- error-injection- fault-injector- workload- "
+    "flight-recorder- otel- msc- adlr-autoresume replication",
+}
+"""Part of the reason -> what the names begin with."""
+
+
+@pytest.mark.parametrize(("families", "accepted"), [(REFUSED_FAMILIES, False), (ACCEPTED_FAMILIES, True)])
+def test_whole_families_of_flags_have_the_fate_of_their_prefix(families, accepted):
+    for reason, begins in families.items():
+        for begin in begins.split():
+            flag = foreign_flag(f"{begin}of-a-later-version")
+            assert flag is not None and reason in flag.reason and flag.accepts(flag.name, ("1",)) is accepted, begin
     assert foreign_flag("lr") is None
 
 
