@@ -129,7 +129,7 @@ def _first_columns(path: Path) -> list[str] | None:
     if path.suffix not in (".jsonl", ".csv") or not path.is_file():
         return None
     try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
+        with path.open(encoding="utf-8-sig") as lines:  # line ends as `_read_text` has them
             if path.suffix == ".csv":
                 return next(csv.reader(lines), None)
             first = json.loads(next((line for line in lines if line.strip()), "null"))

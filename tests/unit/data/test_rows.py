@@ -325,6 +325,8 @@ def test_the_header_of_a_table_and_an_empty_file_are_told_at_once(tmp_path):
     with pytest.raises(ConfigError, match=r"a.csv row 1: key 'prompt' .* the row has: question, the answer"):
         check_first_row(str(tmp_path / "a.csv"), "prompt", flag="--input-key")
     check_first_row(str(tmp_path / "a.csv"), "the answer", flag="--input-key")
+    (tmp_path / "c.csv").write_bytes(b'"two\r\nlines"\r\n7\r\n')
+    check_first_row(str(tmp_path / "c.csv"), *read_rows(str(tmp_path / "c.csv"))[0].values, flag="--input-key")
     (tmp_path / "b.csv").touch()
     with pytest.raises(ConfigError, match=r"the data set .*b.csv has no rows"):
         check_first_row(str(tmp_path / "b.csv"), "prompt", flag="--input-key")

@@ -244,6 +244,13 @@ def test_a_mask_that_differs_from_the_template_names_the_rows(tmp_path):
     assert [place.rpartition(":")[2] for place in differing] == ["2"]
 
 
+def test_a_template_of_which_no_mask_can_be_derived_differs_from_none(tmp_path):
+    hiding = build_small_tokenizer()
+    hiding.chat_template = "{% for m in messages %}{{ m.role }}{{ m.content if m.content | length < 9 else '' }}{% endfor %}"
+    options = {"tokenizer": hiding, "loss_mask_type": "distill_qwen", "apply_chat_template_kwargs": None}
+    assert load(tmp_path, [conversation("a long answer")], **options).differing == []
+
+
 def test_packing_is_described_by_hand():
     def example(length: int, trained: int) -> SftExample:
         mask = bytes([1] * trained)
