@@ -108,7 +108,7 @@ def test_evaluation_needs_sets_and_a_length_and_may_restrict_sampling(files):
         parse_run("eval", words)
     words += ["--eval-max-response-len", "9"]
     assert plan_run(parse_run("eval", words), QWEN3_4B).eval_sets[0].top_p == 0.9
-    with pytest.raises(ConfigError, match="^--eval-output /dev/null/x cannot be .*is a file"):
+    with pytest.raises(ConfigError, match=r"^--eval-output /dev/null/x cannot be .*is a file"):
         parse_run("eval", [*words, "--eval-output", "/dev/null/x"])
 
 

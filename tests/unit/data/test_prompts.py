@@ -180,7 +180,7 @@ def test_a_pass_rate_is_read_from_0_to_1_and_null_is_not_known(tmp_path):
 def test_a_run_without_prompts_has_none_to_give():
     source = NoPrompts()
     assert source.next_groups(0) == [] and source.num_rollouts_per_epoch(8) == 1 and source.state_dict() == {}
-    with pytest.raises(ConfigError, match="^--disable-rollout-global-dataset: the rollout function asked for 2 prompts"):
+    with pytest.raises(ConfigError, match=r"^--disable-rollout-global-dataset: the rollout function asked for 2 prompts"):
         source.next_groups(2)
 
 
