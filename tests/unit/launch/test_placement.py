@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.critic import CriticConfig
 from qwench.config.sections.engine import EngineConfig
+from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.rollout import AsyncConfig, RolloutConfig
 from qwench.engines.fleet.servers import ServerCommand
@@ -24,12 +26,14 @@ from qwench.launch import placement
 from qwench.launch.inputs import Inputs, publication_dtype
 from qwench.launch.placement import (
     LocalProcesses,
+    build_rank,
     check_turns,
     choose_launcher,
     make_servers,
     start_beside,
     start_learner,
     start_ranks,
+    take_turns,
 )
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout
@@ -253,3 +257,63 @@ def test_engines_that_run_already_need_no_servers():
     inputs = inputs_of(Config(engine=engine, rollout=RolloutConfig(rollout_batch_size=4)))
     processes = LocalProcesses(inputs, Bundles(trainer=(1,), engines=()), ranks_inside=False)
     assert make_servers(inputs, processes, with_weights=True) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("sections", "has_gpus", "servers", "turns"),
+    [
+        ({}, True, None, True),
+        ({}, False, ["server"], True),
+        ({}, False, None, False),
+        ({"cluster": ClusterConfig(rollout_num_gpus=1)}, True, ["server"], False),
+        ({"engine": EngineConfig(rollout_external_engine_addrs=("10.0.0.1:80",))}, True, None, False),
+    ],
+)
+def test_who_shares_a_gpu_takes_turns(sections, has_gpus, servers, turns):
+    assert take_turns(Config(**sections), SimpleNamespace(has_gpus=has_gpus), servers) is turns
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_learner_on_ranks_is_told_where_the_critics_begin(apart, monkeypatch):
+    monkeypatch.setattr(placement, "WorkerGroup", lambda ranks: SimpleNamespace(ranks=ranks, close=lambda: None))
+    monkeypatch.setattr(placement, "RemoteLearner", lambda *given, **options: (given, options))
+    critic = CriticConfig(critic_num_nodes=1, critic_num_gpus_per_node=1) if apart else CriticConfig()
+    inputs = inputs_of(
+        Config(
+            cluster=ClusterConfig(actor_num_gpus_per_node=2), critic=critic, rollout=RolloutConfig(rollout_batch_size=4),
+            algorithm=AlgorithmConfig(advantage_estimator="ppo"),
+        )
+    )  # fmt: skip
+    (group, build), options = start_learner(inputs, "ranks", PhaseTimer(), ExitStack())
+    assert (group.ranks, build.func, build.args) == ("ranks", build_rank, (inputs.config, inputs.plan))
+    options.pop("check")
+    expected = {"console": inputs.console, "timeouts": inputs.config.timeouts, "unit": "rollout"}
+    assert options == expected | {"first_critic_rank": 2 if apart else None}
+
+
+def test_a_learner_in_this_process_is_closed_at_the_end(monkeypatch):
+    closed = []
+    learner = SimpleNamespace(state=SimpleNamespace(close=lambda: closed.append("learner")))
+    monkeypatch.setattr(placement, "build_learner", lambda *given: closed.append(given) or learner)
+    inputs, timer = inputs_of(Config(rollout=RolloutConfig(rollout_batch_size=4))), PhaseTimer()
+    with ExitStack() as started:
+        assert start_learner(inputs, None, timer, started) is learner
+        assert closed == [(inputs, timer)]
+    assert closed[1:] == ["learner"]
+
+
+@pytest.mark.parametrize(("rank", "built"), [(0, "policy"), (1, "policy"), (2, "critic")])
+def test_a_rank_builds_the_learner_of_its_model(rank, built, monkeypatch):
+    logs = []
+    config = Config(
+        cluster=ClusterConfig(actor_num_gpus_per_node=2), rollout=RolloutConfig(rollout_batch_size=4),
+        logging=LoggingConfig(log_level="debug"),
+    )  # fmt: skip
+    monkeypatch.setattr(placement, "read_inputs", lambda config, plan: replace(inputs_of(config), rank=rank))
+    monkeypatch.setattr(placement, "open_process_log", lambda *given, **options: logs.append((given, options)))
+    for name in ("policy", "critic"):
+        function = "build_critic_learner" if name == "critic" else "build_learner"
+        monkeypatch.setattr(placement, function, lambda inputs, timer, name=name: (name, inputs.rank, timer))
+    monkeypatch.setattr(placement.transformers_logging, "disable_progress_bar", lambda: logs.append("quiet"))
+    assert build_rank(config, None, "timer") == (built, rank, "timer")
+    assert logs == ["quiet", (("debug", f"rank {rank}"), {"to_stdout": rank == 0})]
