@@ -66,9 +66,11 @@ def draw(output: Path) -> Path:
     loss.plot(*read_curve(output / "sft" / "metrics.jsonl", "train/loss"))
     loss.set(title="SFT: loss per token", xlabel="optimizer step")
     metrics = output / "grpo" / "metrics.jsonl"
-    learning.plot(*read_curve(metrics, "rollout/raw_reward"), label="training prompts, sampled")
+    learning.plot(*read_curve(metrics, "rollout/reward_reason/exact"), label="training prompts, sampled")
     num_problems = len(solved_shares(output, "sft", "greedy"))
     evaluated, solved = read_curve(metrics, "eval/gsm8k")
+    evaluated.append(1 + read_curve(metrics, "rollout/raw_reward")[0][-1])
+    solved.append(fmean(solved_shares(output, "grpo", "greedy")))
     errors = [sqrt(share * (1 - share) / num_problems) for share in solved]
     learning.errorbar(evaluated, solved, yerr=errors, fmt="o-", capsize=3, label="test set, greedy")
     learning.set(title="GRPO: share of answers that are right", xlabel="rollout")

@@ -1,16 +1,21 @@
-"""The commands of every example parse, and none of them is warned about."""
+"""The commands of every example parse, and none of them is warned about; what a script of an example computes is right."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from qwench.config.advice import warnings
 from qwench.config.command_line.parse import parse_flags, parse_run
 from qwench.config.sections.verbs import MakeModelConfig
+from qwench.samples import Prompt, Sample
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -75,3 +80,50 @@ def test_the_commands_of_an_example_parse_and_mean_what_they_say(example, tmp_pa
         else:
             config = parse_run(verb, words)
             assert list(warnings(config, trains=verb != "eval")) == []
+
+
+@pytest.fixture
+def smollm2(monkeypatch) -> dict[str, ModuleType]:
+    monkeypatch.syspath_prepend(EXAMPLES / "smollm2_gsm8k")
+    modules = {name: importlib.import_module(name) for name in ("steps_reward", "make_data")}
+    for name in modules:
+        monkeypatch.delitem(sys.modules, name)
+    return modules
+
+
+@pytest.mark.parametrize(
+    ("response", "steps", "expected"),
+    [
+        ("48/2 = 24 in May, 48+24 = $72 in all. \\boxed{72}", [24.0, 72.0], 1.0),
+        ("48/2 = 24 in May, 24+24 = 48 in all. \\boxed{48}", [24.0, 72.0], 0.25),
+        ("48/2 = 23, 48+24 = 72. \\boxed{72}", [24.0, 72.0], 0.5),  # nothing counts behind a wrong step
+        ("48/2 = 24, again 48/2 = 24. \\boxed{5}", [24.0, 72.0], 0.25),  # a step counts once
+        ("48/2 = 24, 48+24 = 72.", [24.0, 72.0], 0.0),
+        ("3*400 = 1,200, 1,200*.5 = 600.0, 5-8 = -3 \\boxed{-3}", [1200.0, 600.0, -3.0, 7.0], 0.875),
+        ("It is \\boxed{72}.", None, 1.0),
+        ("48/2 = 24. \\boxed{24}", [], 0.0),
+    ],
+)
+def test_steps_are_half_of_a_worked_solutions_reward(smollm2, response: str, steps: list[float] | None, expected: float):
+    metadata = {} if steps is None else {"steps": steps}
+    label = "-3" if "-3" in response else "72"
+    judged = Sample(prompt=Prompt(text="", token_ids=(), label=label, metadata=metadata), sample_id=0, group_id=0)
+    judged.response = response
+    assert smollm2["steps_reward"].score(judged).score == expected
+
+
+def test_the_data_of_smollm2_are_written_from_the_published_rows(smollm2, tmp_path: Path):
+    worked = "He sold 48/2 = <<48/2=24>>24 clips.\nThat is 1,000+24 = $<<1000+24=1024>>1,024.\n#### 1,024"
+    (tmp_path / "gsm8k" / "main").mkdir(parents=True)
+    for split in ("train", "test"):
+        table = pa.table({"question": [f"How many in {split}?"], "answer": [worked]})
+        pq.write_table(table, tmp_path / "gsm8k" / "main" / f"{split}-00000-of-00001.parquet")
+    smollm2["make_data"].write(tmp_path)
+    train, test = (json.loads((tmp_path / f"gsm8k-{split}.jsonl").read_text()) for split in ("train", "test"))
+    question = train["prompt"][0]["content"]
+    assert question.endswith("\\boxed{}.\n\nHow many in train?")
+    assert train == {"prompt": [{"role": "user", "content": question}], "label": "1024", "metadata": {"steps": [24.0, 1024.0]}}
+    assert test == {"prompt": [{"role": "user", "content": question.replace("train", "test")}], "label": "1024"}
+    (row,) = pq.read_table(tmp_path / "gsm8k-sft.parquet").to_pylist()
+    solution = "He sold 48/2 = 24 clips.\nThat is 1,000+24 = $1,024.\n\nThe answer is \\boxed{1024}."
+    assert row["messages"] == [*train["prompt"], {"role": "assistant", "content": solution}]
