@@ -26,9 +26,9 @@ from typing import Literal
 
 from qwench.checkpoints.convert import Conversion, Converter, Ranks
 from qwench.checkpoints.formats.sources import Format, find_checkpoint
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.models.hf import load_hf_config
-from qwench.models.made.qwen3 import make_checkpoint
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.random_qwen3 import make_checkpoint
 
 Target = Literal["hf", "torch_dist", "fsdp"]
 CONVERSIONS: tuple[tuple[Format, Target], ...] = (
@@ -66,7 +66,7 @@ class Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints and convert.json")
-    parser.add_argument("--size", action="append", help="name of a size (qwench.models.made.qwen3); may be repeated")
+    parser.add_argument("--size", action="append", help="name of a size (qwench.models.random_qwen3); may be repeated")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each conversion")
     parser.add_argument("--without-fsdp", action="store_true", help="leave out FSDP's checkpoints, which take the most space")
     arguments = parser.parse_args()

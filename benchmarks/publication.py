@@ -32,9 +32,9 @@ from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.fleet.servers import ServerProcess, server_environ
 from qwench.engines.kinds.embedded import embedded_command
 from qwench.engines.kinds.kind import ServerOrder
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.models.hf import architecture_of, load_hf_config
-from qwench.models.made.qwen3 import make_checkpoint
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.random_qwen3 import make_checkpoint
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.local import QuantizedWeights, send_alias, send_copies
 from qwench.weights.plan import PublicationPlan
@@ -177,7 +177,7 @@ def to_a_server(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints and publication.jsonl")
-    parser.add_argument("--size", action="append", help="name of a size (qwench.models.made.qwen3); may be repeated")
+    parser.add_argument("--size", action="append", help="name of a size (qwench.models.random_qwen3); may be repeated")
     parser.add_argument("--rounds", type=int, default=5, help="timed publications of each way")
     parser.add_argument("--bucket-bytes", type=int, default=512 * 1024**2, help="size of a bucket of weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the trainer")

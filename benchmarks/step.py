@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from train import make_model
 
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 
 PROMPT_TOKENS = 256
 SAMPLES = 8
@@ -119,7 +119,7 @@ def summary(rollouts: Sequence[dict[str, float]], size: str, given: argparse.Nam
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--size", action="append", help="name of a size (qwench.models.made.qwen3); may be repeated")
+    parser.add_argument("--size", action="append", help="name of a size (qwench.models.random_qwen3); may be repeated")
     parser.add_argument("--rollouts", type=int, default=3, help="rollouts of a run; the first one warms up")
     parser.add_argument("--prompts", type=int, default=32, help="prompts of a rollout")
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, help="length of a prompt")

@@ -44,8 +44,8 @@ from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.data.packing import pack_by_tokens
 from qwench.models.hf import architecture_of, load_hf_config
-from qwench.models.made.qwen3 import find_size, random_weights
 from qwench.models.memory import FORWARD_AND_BACKWARD, FORWARD_AND_FROZEN_BACKWARD, SequenceCost
+from qwench.models.random_qwen3 import find_size, random_weights
 from qwench.training.batch import pack
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.process_group import init_process_group
@@ -306,7 +306,7 @@ def measure_size(size: str, given: argparse.Namespace) -> list[dict[str, object]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--size", action="append", help="name of a size (qwench.models.made.qwen3); may be repeated")
+    parser.add_argument("--size", action="append", help="name of a size (qwench.models.random_qwen3); may be repeated")
     parser.add_argument(
         "--cases",
         nargs="+",

@@ -24,7 +24,7 @@ from train import make_model
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 
 
 class Clock(TrainerCallback):
@@ -48,7 +48,7 @@ def random_reward(completions: list[str], **_columns: object) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--size", default="0.6B", help="name of a size (qwench.models.made.qwen3)")
+    parser.add_argument("--size", default="0.6B", help="name of a size (qwench.models.random_qwen3)")
     parser.add_argument("--rollouts", type=int, default=2, help="steps; the first one warms up")
     parser.add_argument("--prompts", type=int, default=32, help="prompts of a step")
     parser.add_argument("--new-tokens", type=int, default=1024, help="length of a response")

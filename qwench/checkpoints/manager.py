@@ -252,7 +252,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: see `save`.
         """
-        assert self._iterations is not None and self._criterion is not None, "config.checks requires --save for --keep-best"
+        assert self._iterations is not None and self._criterion is not None, "verb_checks requires --save for --keep-best"
         if rollout_id not in self._iterations.newest_first():
             self.save(rollout_id, learner, rollouts)
         self._best = improvement(self._best, self._criterion, evaluated, iteration=rollout_id)

@@ -19,7 +19,7 @@ from qwench.cluster.child import ChildProcess
 from qwench.cluster.messages import Call, Death, RankReply
 from qwench.cluster.rendezvous import Rendezvous
 from qwench.files import written
-from qwench.observability.parts import STACKS_SIGNAL, ask_for_stacks, forget, register
+from qwench.observability.processes import STACKS_SIGNAL, ask_for_stacks, forget, register
 from qwench.threads import usable_cores
 from qwench.wire.memory_files import remove_files_of, remove_folder
 
@@ -48,8 +48,8 @@ class RankStart:
         return self.exchange_folder / f"rank_{self.rank}.stacks"
 
 
-class RankPart:
-    """A rank's process as `observability.parts` watches it."""
+class WatchedRank:
+    """A rank's process as `observability.processes` watches it."""
 
     def __init__(self, start: RankStart, pid: int) -> None:
         self.label = f"trainer rank {start.rank}"
@@ -84,7 +84,7 @@ class LocalRanks:
         self._calls_sent = 0
         self._closing = self._ended = False
         self._reported: set[int] = set()
-        self._parts: list[RankPart] = []
+        self._watched: list[WatchedRank] = []
         if log_folder is not None:
             with written(f"the folder of the ranks' logs, {log_folder},", log_folder):
                 log_folder.mkdir(parents=True, exist_ok=True)
@@ -101,9 +101,9 @@ class LocalRanks:
         for rank, child in enumerate(self._children):
             start = RankStart(rank=rank, import_path=sys.path, exchange_folder=self._folder)
             self._send_to(child, pickle.dumps(start))
-            self._parts.append(RankPart(start, child.pid))
-        for part in self._parts:
-            register(part)
+            self._watched.append(WatchedRank(start, child.pid))
+        for process in self._watched:
+            register(process)
 
     @property
     def size(self) -> int:
@@ -150,8 +150,8 @@ class LocalRanks:
         if self._ended:
             return
         self._ended = True
-        for part in self._parts:
-            forget(part)
+        for process in self._watched:
+            forget(process)
         remove_folder(self._folder)  # now: a second signal may end this process while it waits
         for child in self._children:
             if self._closing:

@@ -20,7 +20,7 @@ from qwench.cluster.child import end_own_group, parent_connection
 from qwench.cluster.local import RankStart
 from qwench.cluster.messages import Answer, Call, Failure
 from qwench.cluster.rank_host import RankHost
-from qwench.observability.parts import dump_stacks_on_signal
+from qwench.observability.processes import dump_stacks_on_signal
 from qwench.observability.stopping import leave_signals_to_driver, wake_with_parent
 from qwench.threads import daemon
 from qwench.wire.memory_files import leave_no_files, remove_folder

@@ -29,7 +29,7 @@ from qwench.cluster.ray_actors import SIGNS, EngineActor, TrainerActor
 from qwench.cluster.rendezvous import Rendezvous
 from qwench.engines.fleet.servers import CommandMaker
 from qwench.errors import ConfigError, EngineError, TrainingError
-from qwench.observability.parts import AskedPart, forget, register
+from qwench.observability.processes import AskedProcess, forget, register
 from qwench.observability.waiting import waiting
 from qwench.wire.addresses import Placement
 
@@ -177,9 +177,9 @@ class RayRanks:
         self._actors = list(actors)
         self._rendezvous = rendezvous
         self._pending: dict[ray.ObjectRef[RankReply], int] = {}
-        self._parts = [_part(actor, rank) for rank, actor in enumerate(self._actors)]
-        for part in self._parts:
-            register(part)
+        self._watched = [_watched_actor(actor, rank) for rank, actor in enumerate(self._actors)]
+        for process in self._watched:
+            register(process)
 
     @property
     def size(self) -> int:
@@ -198,8 +198,8 @@ class RayRanks:
 
     def end(self) -> None:
         """End every actor; see `Ranks.end`."""
-        for part in self._parts:
-            forget(part)
+        for process in self._watched:
+            forget(process)
         for actor in self._actors:
             ray.kill(actor)
 
@@ -282,14 +282,14 @@ class RayServer:
             raise EngineError(f"{self._label}: its Ray actor failed ({_first_line(cause)}).") from cause
 
 
-def _part(actor: Actor, rank: int) -> AskedPart:
+def _watched_actor(actor: Actor, rank: int) -> AskedProcess:
     def stacks() -> str:
         try:
             return str(ray.get(actor.stacks.remote(), timeout=TOLD_TIMEOUT_S))
         except RayError as error:
             return f"(no answer: {_first_line(error)})"
 
-    return AskedPart(f"trainer rank {rank}", lambda: actor.beat.remote().future(), stacks)
+    return AskedProcess(f"trainer rank {rank}", lambda: actor.beat.remote().future(), stacks)
 
 
 def _connect(address: str | None) -> None:

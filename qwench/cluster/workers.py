@@ -25,7 +25,7 @@ from qwench.cluster.rank_host import BuildLearner
 from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.errors import QwenchError, TrainingError
 from qwench.observability.console import Console
-from qwench.observability.parts import describe_silence, silent_parts, stacks_written
+from qwench.observability.processes import describe_silence, silent_processes, stacks_written
 from qwench.observability.waiting import waiting
 from qwench.samples import Rollout, Sample
 from qwench.training.learner import Learned
@@ -143,7 +143,7 @@ class WorkerGroup:
                 if problems:
                     deadline = min(deadline, self._clock() + self._grace_s)
         if not problems and len(answers) < self._ranks.size:
-            silence = describe_silence(silent_parts())
+            silence = describe_silence(silent_processes())
             raise TrainingError(
                 f"{label}: {late()} within {timeout_s:g} s{f' ({silence})' if silence else ''}. {stacks_written()}"
             )

@@ -12,7 +12,7 @@ import shtab
 
 from qwench.config.command_line.flags import Flag, flag_table
 from qwench.config.command_line.help import first_sentence, is_help
-from qwench.config.command_line.pages import PAGES
+from qwench.config.command_line.verb_help import PAGES
 from qwench.config.config import Config
 from qwench.config.sections.convert import ConvertConfig
 from qwench.config.sections.verbs import (

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.sections.verbs import MakeModelConfig
 from qwench.files import written
-from qwench.models.made.qwen3 import make_checkpoint
-from qwench.models.made.tokenizers import build_qwen_tokenizer, build_small_tokenizer
+from qwench.models.built_tokenizers import build_qwen_tokenizer, build_small_tokenizer
+from qwench.models.random_qwen3 import make_checkpoint
 from qwench.observability.console import open_console
 
 

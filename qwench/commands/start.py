@@ -14,6 +14,7 @@ from qwench.cluster.child import describe_end
 from qwench.config.advice import plan_warnings, warnings
 from qwench.config.command_line.parse import Declared
 from qwench.config.config import Config
+from qwench.config.config_text import PARSER_SETTINGS, as_typed, settings_by_section
 from qwench.config.engine_choice import check_engine_is_installed, look_at_machine
 from qwench.config.environment import trainer_environment
 from qwench.config.eval_sets import eval_settings
@@ -21,7 +22,6 @@ from qwench.config.memory_fit import engine_weight_bytes
 from qwench.config.named_files import check_checkpoint
 from qwench.config.plan import BFLOAT16_BYTES, RunPlan, train_dtype
 from qwench.config.plan_lines import plan_lines
-from qwench.config.report import PARSER_SETTINGS, as_typed, settings_by_section
 from qwench.data.rows import check_first_row
 from qwench.errors import ConfigError
 from qwench.hub import data_files, find_reference, model_folder
@@ -58,7 +58,7 @@ def with_local_inputs(config: Config) -> Config:
     """
     model, checkpoint, data, sets = config.model, config.checkpoint, config.data, config.evaluation.eval_prompt_data
     with_weights = not config.debug.dry_run
-    assert model.hf_checkpoint is not None, "config.checks requires --hf-checkpoint"
+    assert model.hf_checkpoint is not None, "config.verb_checks requires --hf-checkpoint"
     folder = model_folder(model.hf_checkpoint, flag="--hf-checkpoint", with_weights=with_weights)
     files = tuple(data_files(word, flag="--eval-prompt-data") if i % 2 else word for i, word in enumerate(sets))
     local = replace(

@@ -20,8 +20,8 @@ def warnings(config: Config, *, trains: bool = True) -> Iterator[str]:
     Args:
         trains: the verb trains; for evaluation, flags of training are not checked.
     """
-    if config.references.unused_flags:
-        unused = config.references.unused_flags
+    if config.foreign.unused_flags:
+        unused = config.foreign.unused_flags
         where = "" if all(name.endswith(")") for name in unused) else " (docs/flags.md says why)"
         yield f"these flags have no effect here{where}: {' '.join(f'--{name}' for name in unused)}"
     if trains:

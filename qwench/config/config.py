@@ -15,12 +15,12 @@ from qwench.config.sections.debug import DebugConfig, ProfilingConfig
 from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.foreign import ForeignConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.model import ArchitectureConfig, ModelConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
-from qwench.config.sections.references import ReferencesConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import AsyncConfig, RolloutConfig
 from qwench.config.sections.timeouts import TimeoutConfig
@@ -29,7 +29,7 @@ from qwench.config.sections.training import TrainingConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """The configuration of a run. Sections check themselves; `checks` has the rules between them."""
+    """The configuration of a run. Sections check themselves; `rules` has the rules between them."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
@@ -53,7 +53,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
-    references: ReferencesConfig = field(default_factory=ReferencesConfig)
+    foreign: ForeignConfig = field(default_factory=ForeignConfig)
 
     @property
     def generates(self) -> bool:

@@ -13,7 +13,7 @@ from qwench.config.sections.reward import BOXED_ANSWERS, split_names
 def a_critic_has_its_method(config: Config) -> str | None:
     """Only PPO trains a critic, and computes the returns that it learns from."""
     if config.algorithm.has_critic:
-        if config.references.custom_advantage_function_path is None:
+        if config.foreign.custom_advantage_function_path is None:
             return None
         return (
             "--custom-advantage-function-path replaces the returns that the critic of --advantage-estimator ppo learns from; "
@@ -59,7 +59,7 @@ def a_teacher_has_advantages_to_change(config: Config) -> str | None:
                 "--rm-url is the address of --rm-type remote_rm and of the teacher of --opd-type sglang; give the teacher's by "
                 "--opd-teacher-urls default=URL"
             )
-    if config.references.custom_advantage_function_path is not None:
+    if config.foreign.custom_advantage_function_path is not None:
         return "--use-opd and --custom-advantage-function-path both set the advantages; leave one of them out"
     return None
 
@@ -152,7 +152,7 @@ def old_log_probs_differ_from_the_steps(config: Config) -> str | None:
         ("--keep-old-actor", config.algorithm.keep_old_actor),
         ("--true-on-policy-mode", config.training.true_on_policy_mode),
         ("--use-rollout-entropy", config.algorithm.use_rollout_entropy),
-        ("--rollout-data-postprocess-path", config.references.rollout_data_postprocess_path is not None),
+        ("--rollout-data-postprocess-path", config.foreign.rollout_data_postprocess_path is not None),
     ):
         if is_given:
             return f"{flag} needs the old log-probs that --skip-actor-forward-only leaves out; give one of them"

@@ -278,10 +278,10 @@ def recorded_rollouts_have_files(config: Config) -> str | None:
 
 def hooks_have_what_they_see(config: Config) -> str | None:
     """Hooks get Megatron's model and optimizer, or the files of a publication."""
-    if config.references.megatron_hooks and config.backend != "megatron":
-        return f"{config.references.megatron_hooks[0]} needs --train-backend megatron, got {config.backend}"
+    if config.foreign.megatron_hooks and config.backend != "megatron":
+        return f"{config.foreign.megatron_hooks[0]} needs --train-backend megatron, got {config.backend}"
     engine = config.engine
-    if config.references.custom_update_weight_post_write_path is not None:
+    if config.foreign.custom_update_weight_post_write_path is not None:
         if engine.update_weight_transport != "disk":
             return (
                 "--custom-update-weight-post-write-path sees files that only --update-weight-transport disk writes, got "

@@ -58,8 +58,8 @@ def make_args(config: Config, plan: RunPlan, *, host: str, port: int) -> Namespa
     _set_passed(args, "router", config.engine.router_args)
     _set_derived(args, config, plan)
     args.sglang_router_ip, args.sglang_router_port = host, port
-    if config.references.custom_config_path is not None:
-        content = read_yaml_file(config.references.custom_config_path)
+    if config.foreign.custom_config_path is not None:
+        content = read_yaml_file(config.foreign.custom_config_path)
         args.__dict__.update({str(key).replace("-", "_"): value for key, value in content.items()})
     return args
 

@@ -54,7 +54,7 @@ def parse_declared(config: Config) -> Mapping[str, Any]:  # Any: of the flags' o
     )
     theirs = [(flag, path) for flag, path in named if path is not None and "." in path and not path.startswith("qwench.")]
     parser = _parser({path: load(path, flag=f"--{flag}-path") for flag, path in theirs})
-    return vars(parser.parse_args(_spelled(config.references.declared_args, _options(parser))))
+    return vars(parser.parse_args(_spelled(config.foreign.declared_args, _options(parser))))
 
 
 def _parser(functions: Mapping[str, object]) -> ArgumentParser:

@@ -27,14 +27,14 @@ from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import CheckpointError, ConfigError
 from qwench.foreign.args import make_args
 from qwench.foreign.data_source import ForeignSource
-from qwench.foreign.hooks import load_hooks
+from qwench.foreign.megatron_hooks import load_hooks
 from qwench.launch.engines import make_publisher
 from qwench.launch.inputs import Inputs, names_set, read_conversations, read_eval_prompts, read_inputs, read_training_prompts
-from qwench.launch.outputs import open_outputs, run_identity
+from qwench.launch.outputs import metric_log, open_outputs, recorders, run_identity
 from qwench.launch.placement import make_servers, open_processes, start_beside, start_learner, start_ranks, take_turns
 from qwench.launch.readiness import check_ready
-from qwench.launch.report import finish_report, metric_log, recorders, start_report
 from qwench.launch.rollouts import build_generation
+from qwench.launch.run_facts import finish_report, start_report
 from qwench.launch.trainer import make_memory_probe
 from qwench.launch.trial_import import check_imports
 from qwench.launch.user_functions import load_post_process, load_target_functions, load_user_functions, load_user_terms
@@ -167,7 +167,7 @@ def _read_prompts(inputs: Inputs) -> tuple[LoadedPrompts, dict[str, Sequence[Pro
     load_post_process(config, Namespace)
     load_target_functions(config, Namespace)
     load_user_terms(config, Namespace)
-    load_hooks(config.references)
+    load_hooks(config.foreign)
     load_user_functions(config)
     if config.data.brings_prompts:
         loaded = LoadedPrompts(prompts=[], num_dropped=0)

@@ -34,7 +34,7 @@ from qwench.engines.kinds.sglang_router import SglangRouter, router_command
 from qwench.engines.protocol import AddressedEngine, Engine
 from qwench.errors import CheckpointError, ConfigError, EngineError
 from qwench.foreign.args import make_args
-from qwench.foreign.hooks import AfterWrite
+from qwench.foreign.megatron_hooks import AfterWrite
 from qwench.launch.inputs import Inputs, plan_inputs, publication_dtype, read_inputs
 from qwench.models.hf import stop_token_ids
 from qwench.models.hf_weights import is_fp8_checkpoint
@@ -253,8 +253,8 @@ def make_publisher(
     inputs: Inputs, model: PublishedModel, engines: EnginePool | None, gpus: Devices, timer: PhaseTimer
 ) -> Publisher:
     """Return what brings the weights to the engines, or to none."""
-    references = inputs.config.references
-    hooked = references.custom_update_weight_post_write_path is not None
+    foreign = inputs.config.foreign
+    hooked = foreign.custom_update_weight_post_write_path is not None
     adapter = _published_adapter(inputs)
     named = engines is not None and any(_names_adapters(engine, inputs.config.engine) for engine in engines.engines)
     plan = PublicationPlan(
@@ -264,7 +264,7 @@ def make_publisher(
         adapters=adapter is not None,
         frozen_moves=inputs.plan.holds_teacher,
         named=NamedAdapter(config=adapter) if adapter is not None and named else None,
-        after_write=AfterWrite(references, make_args(inputs.config, inputs.plan, host="", port=0)) if hooked else None,
+        after_write=AfterWrite(foreign, make_args(inputs.config, inputs.plan, host="", port=0)) if hooked else None,
         timeout_s=inputs.config.timeouts.update_weights_timeout,
     )
     return Publisher(model, engines, plan, gpus=gpus, timer=timer)
@@ -306,7 +306,7 @@ def _log_folder(inputs: Inputs) -> Path:
 
 def serve(config: ServeConfig) -> None:
     """Serve the embedded engine; clients show QWENCH_TOKEN, if it is set, to change weights or memory."""
-    assert config.model.hf_checkpoint is not None, "config.checks requires --hf-checkpoint"
+    assert config.model.hf_checkpoint is not None, "config.verb_checks requires --hf-checkpoint"
     run = Config(
         model=config.model,
         engine=config.engine,

@@ -10,15 +10,15 @@ from pathlib import Path
 import orjson
 
 from qwench.config.config import Config
+from qwench.config.config_text import flag_values
 from qwench.config.plan import RunPlan
-from qwench.config.report import flag_values
 from qwench.files import LOCK, claim_folder, write_atomically, written
 from qwench.launch.inputs import Inputs, names_set, read_eval_prompts, read_inputs
 from qwench.launch.outputs import own_results
 from qwench.launch.placement import make_servers, open_processes
 from qwench.launch.readiness import check_ready
-from qwench.launch.report import describe_model
 from qwench.launch.rollouts import build_generation
+from qwench.launch.run_facts import describe_model
 from qwench.launch.trial_import import check_imports
 from qwench.launch.user_functions import load_user_functions
 from qwench.observability.log import open_driver_log

@@ -148,7 +148,7 @@ def _check_stop_tokens(config: Config, plan: RunPlan) -> None:
 
 
 def _model_folder(config: Config) -> Path:
-    assert config.model.hf_checkpoint is not None, "config.checks requires --hf-checkpoint"
+    assert config.model.hf_checkpoint is not None, "config.verb_checks requires --hf-checkpoint"
     return config.model.hf_checkpoint
 
 
@@ -167,7 +167,7 @@ def publication_dtype(config: Config, *, on_gpu: bool) -> torch.dtype:
 def read_training_prompts(inputs: Inputs) -> LoadedPrompts:
     """Read --prompt-data and say how many prompts were too long."""
     config = inputs.config
-    assert config.data.prompt_data is not None, "config.checks requires --prompt-data"
+    assert config.data.prompt_data is not None, "config.verb_checks requires --prompt-data"
     loaded = load_prompts(
         config.data.prompt_data,
         input_key=config.data.input_key,
@@ -233,7 +233,7 @@ def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
 def read_conversations(inputs: Inputs) -> tuple[LoadedSft, dict[str, LoadedSft]]:
     """Read the conversations of fine-tuning and of each evaluation set, and say how many cannot be used."""
     config = inputs.config
-    assert config.data.prompt_data is not None, "config.checks requires --prompt-data"
+    assert config.data.prompt_data is not None, "config.verb_checks requires --prompt-data"
     limit = min(config.rollout.rollout_max_context_len or inputs.plan.model.max_positions, inputs.plan.model.max_positions)
 
     def read(what: str, path: str, *, input_key: str, tool_key: str) -> LoadedSft:

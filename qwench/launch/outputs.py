@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
@@ -22,22 +22,25 @@ from qwench.checkpoints.folders import starting_weights
 from qwench.checkpoints.formats.sources import find_format, fingerprint, open_weights
 from qwench.checkpoints.manager import CheckpointManager
 from qwench.config.config import Config
-from qwench.config.report import CONFIG_FILE, as_yaml, flag_values
+from qwench.config.config_text import CONFIG_FILE, as_yaml, flag_values
 from qwench.config.sections.logging import LoggingConfig
 from qwench.errors import ConfigError
 from qwench.files import LOCK, FolderLock, claim_folder, foreign_names, trouble, write_atomically, written
 from qwench.foreign.args import make_args
-from qwench.foreign.hooks import after_save
+from qwench.foreign.megatron_hooks import after_save
 from qwench.launch.inputs import Inputs
 from qwench.models.hf import write_hf_checkpoint
 from qwench.models.hf_weights import has_weights
-from qwench.observability.dumps import run_of
+from qwench.observability.dumps import run_of, save_rollout, save_trajectories
 from qwench.observability.log import DRIVER_LOG, write_driver_log
-from qwench.observability.parts import STACKS
+from qwench.observability.metrics import MetricGate, MetricLog, Sink
+from qwench.observability.processes import STACKS
+from qwench.observability.prometheus import PrometheusSink
+from qwench.observability.run_report import RunReport
 from qwench.observability.timing import PhaseTimer
-from qwench.observability.tracking import METRICS, check_metrics_file
-from qwench.rewards.second_grader import DISAGREEMENTS, read_disagreements
-from qwench.samples import Json
+from qwench.observability.tracking import METRICS, JsonlSink, MlflowSink, TensorBoardSink, WandbSink, check_metrics_file
+from qwench.rewards.second_grader import DISAGREEMENTS, list_disagreements, read_disagreements
+from qwench.samples import Json, Rollout
 from qwench.training.process_group import barrier
 from qwench.wire.portions import WeightBucket
 
@@ -73,7 +76,7 @@ def open_outputs(inputs: Inputs, timer: PhaseTimer, *, writes: bool = True) -> t
         steps_per_rollout=inputs.plan.batch.num_steps_per_rollout,
         best=_best(inputs),
         barrier=barrier,
-        after_save=after_save(inputs.config.references, partial(make_args, inputs.config, inputs.plan, host="", port=0)),
+        after_save=after_save(inputs.config.foreign, partial(make_args, inputs.config, inputs.plan, host="", port=0)),
     )
     held = ExitStack()
     run_name = claim_outputs(inputs.config, held, writes=writes) if inputs.is_main else ""
@@ -143,6 +146,63 @@ def tensorboard_folder(flags: LoggingConfig, log_dir: Path | None) -> Path | Non
     if not flags.use_tensorboard or base is None:
         return None
     return base.joinpath(*(level for level in (flags.tb_project_name, flags.tb_experiment_name) if level is not None))
+
+
+def recorders(inputs: Inputs, run_name: str) -> Iterator[Callable[[Rollout], object]]:
+    """Yield what records each rollout: its dump, its messages, and the answers that two graders judge differently."""
+    template, log_dir = inputs.config.debug.save_debug_rollout_data, inputs.plan.log_dir
+    if (trajectories := inputs.config.debug.save_debug_trajectory_data) is not None:
+        yield partial(save_trajectories, trajectories)
+    if template is not None:
+        yield partial(save_rollout, template, run=run_name)
+    if inputs.config.reward.second_grader is not None and log_dir is not None:
+        yield partial(list_disagreements, log_dir / DISAGREEMENTS)
+
+
+def metric_log(inputs: Inputs, report: RunReport) -> MetricLog:
+    """Return the log of the main rank with every sink the flags ask for; other ranks log nothing."""
+    flags, sinks = inputs.config.logging, list[Sink]()
+    if inputs.is_main:
+        sinks.append(report)
+        if inputs.plan.log_dir is not None:
+            sinks.append(JsonlSink(inputs.plan.log_dir / METRICS, flag="--log-dir" if flags.log_dir else "--save"))
+        if (folder := tensorboard_folder(flags, inputs.plan.log_dir)) is not None:
+            sinks.append(TensorBoardSink(folder))
+        if flags.use_wandb:
+            sinks.append(
+                WandbSink(
+                    project=flags.wandb_project,
+                    group=flags.wandb_group,
+                    team=flags.wandb_team,
+                    mode=flags.wandb_mode,
+                    folder=flags.wandb_dir,
+                    run_id=flags.wandb_run_id,
+                    host=flags.wandb_host,
+                    key=flags.wandb_key or os.environ.get("WANDB_API_KEY"),
+                    steps_per_rollout=inputs.plan.batch.num_steps_per_rollout if flags.wandb_always_use_train_step else 1,
+                )
+            )
+        if flags.use_mlflow:
+            sinks.append(
+                MlflowSink(
+                    uri=flags.mlflow_tracking_uri,
+                    experiment=flags.mlflow_experiment_name,
+                    run_name=flags.mlflow_run_name or flags.wandb_group,
+                    run_id=flags.mlflow_run_id,
+                )
+            )
+        if flags.use_prometheus:
+            name = flags.prometheus_run_name or flags.wandb_group or "qwench"
+            sinks.append(PrometheusSink(port=flags.prometheus_port, run_name=name))
+    return MetricLog(sinks, gate=_metric_gate(inputs), num_steps_per_rollout=inputs.plan.batch.num_steps_per_rollout)
+
+
+def _metric_gate(inputs: Inputs) -> MetricGate | None:
+    """Return the value that the run must reach; ranks without metrics need not."""
+    key, threshold = inputs.config.evaluation.ci_metric_checker_key, inputs.config.evaluation.ci_metric_checker_threshold
+    if key is None or threshold is None or not inputs.is_main:
+        return None
+    return MetricGate(key, threshold)
 
 
 def _check_files(folder: Path | None) -> None:

@@ -152,7 +152,7 @@ class Generation:
     ) -> MakeRollout:
         """Return what makes a rollout: the user's own function, or the built-in collector."""
         config = self.inputs.config
-        assert config.rollout.rollout_batch_size is not None, "config.checks requires --rollout-batch-size"
+        assert config.rollout.rollout_batch_size is not None, "config.verb_checks requires --rollout-batch-size"
         collect = Collector(
             runner,
             buffer,

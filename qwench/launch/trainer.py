@@ -20,7 +20,7 @@ from qwench.config.config import Config
 from qwench.config.memory_fit import weight_bytes_beside_trainer
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.foreign.args import make_args
-from qwench.foreign.hooks import start_hooks
+from qwench.foreign.megatron_hooks import start_hooks
 from qwench.launch.inputs import Inputs
 from qwench.launch.user_functions import load_post_process, load_target_functions, load_user_conversion, load_user_terms
 from qwench.observability.timing import PhaseTimer
@@ -50,7 +50,7 @@ def build_learner(inputs: Inputs, timer: PhaseTimer) -> Learner:
     policy = build_trainer(inputs, logits=method.user_terms.takes_logits)
     teacher = _load_teacher(inputs, policy) if inputs.plan.holds_teacher else None
     critic = Critic(_build_critic(inputs), policy) if inputs.plan.holds_critic and link is None else None
-    hooks = start_hooks(config.references, policy, args)
+    hooks = start_hooks(config.foreign, policy, args)
     moves = config.algorithm.ref_update_interval is not None
     reference = _reference(policy, moves=moves) if inputs.plan.holds_reference else None
     past = PastPolicies(policy, num_kept=kept) if (kept := inputs.plan.num_past_policies) else None

@@ -23,12 +23,12 @@ from qwench.foreign.args import make_args
 from qwench.foreign.conversion import load_conversion, read_rewards
 from qwench.foreign.data_source import ForeignSource, check_data_source
 from qwench.foreign.declared_flags import parse_declared
-from qwench.foreign.functions import Adapters
 from qwench.foreign.gateway import LOOPBACK, Gateway
 from qwench.foreign.loading import is_foreign, load
 from qwench.foreign.losses import load_correction, load_loss, load_reduction
 from qwench.foreign.modules import stand_ins
 from qwench.foreign.reward import ForeignReward
+from qwench.foreign.rollout_functions import Adapters
 from qwench.foreign.session import Session, close_session, current_session, open_session
 from qwench.foreign.targets import TargetFunctions, load_targets
 from qwench.launch.inputs import Inputs, names_set
@@ -182,7 +182,7 @@ def load_post_process(config: Config, args: Callable[[], Namespace]) -> RewardPo
     if path is None:
         return None
     function = load(path, flag=flag)
-    if not is_foreign(function, config.references.plugin_api):
+    if not is_foreign(function, config.foreign.plugin_api):
         return guarded(load_function(path, flag=flag), path=path, flag=flag)
     adapters = Adapters(as_text=config.data.apply_chat_template)
     return adapters.reward_post_process(guarded(function, path=path, flag=flag), path, args)
@@ -194,7 +194,7 @@ def load_user_conversion(config: Config, args: Callable[[], Namespace]) -> Calla
     Raises:
         ConfigError: it cannot be loaded.
     """
-    path = config.references.custom_convert_samples_to_train_data_path
+    path = config.foreign.custom_convert_samples_to_train_data_path
     return load_conversion(path, args, as_text=config.data.apply_chat_template)
 
 
@@ -204,8 +204,8 @@ def load_target_functions(config: Config, args: Callable[[], Namespace]) -> Targ
     Raises:
         ConfigError: one cannot be loaded.
     """
-    references = config.references
-    return load_targets(references.custom_advantage_function_path, references.rollout_data_postprocess_path, args)
+    foreign = config.foreign
+    return load_targets(foreign.custom_advantage_function_path, foreign.rollout_data_postprocess_path, args)
 
 
 def load_user_terms(config: Config, args: Callable[[], Namespace]) -> UserTerms:
@@ -214,7 +214,7 @@ def load_user_terms(config: Config, args: Callable[[], Namespace]) -> UserTerms:
     Raises:
         ConfigError: one cannot be loaded, or has another signature.
     """
-    algorithm, api = config.algorithm, config.references.plugin_api
+    algorithm, api = config.algorithm, config.foreign.plugin_api
     tis, reducer = algorithm.custom_tis_function_path, algorithm.custom_pg_loss_reducer_function_path
     per_token, loss_path = algorithm.calculate_per_token_loss, algorithm.custom_loss_function_path
     loss, takes_logits = (None, False) if loss_path is None else load_loss(loss_path, api, args)
@@ -277,7 +277,7 @@ def _foreign_function(config: Config, path: str | None, flag: str) -> tuple[Func
     if path is None or "." not in path:
         return None, ""
     function = load(path, flag=flag)
-    if not is_foreign(function, config.references.plugin_api):
+    if not is_foreign(function, config.foreign.plugin_api):
         return None, path
     return (function if inspect.isclass(function) else guarded(function, path=path, flag=flag)), path
 

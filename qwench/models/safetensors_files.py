@@ -23,8 +23,8 @@ from torch import Tensor
 
 from qwench.errors import CheckpointError
 from qwench.files import read_small_text
-from qwench.models.parts import HostMemory, Part
 from qwench.models.shards import INDEX_FILE
+from qwench.models.tensor_parts import HostMemory, Part
 
 _DTYPES = {
     "F64": torch.float64,

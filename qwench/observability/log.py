@@ -20,7 +20,7 @@ from pathlib import Path
 from qwench.errors import Stopped
 from qwench.files import trouble
 from qwench.observability.console import Console
-from qwench.observability.parts import keep_stacks_in
+from qwench.observability.processes import keep_stacks_in
 
 DRIVER_LOG = "driver.log"
 _FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"

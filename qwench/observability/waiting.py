@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
-from qwench.observability.parts import SILENT_AFTER_S, describe_silence, silent_parts
+from qwench.observability.processes import SILENT_AFTER_S, describe_silence, silent_processes
 from qwench.threads import daemon
 
 Describe = Callable[[], str]
@@ -47,7 +47,7 @@ class _Wait:
 class WaitWatcher:
     """Reports waits that last; `waiting` uses one for the whole process."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic, find_silent: FindSilent = silent_parts) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, find_silent: FindSilent = silent_processes) -> None:
         self._clock = clock
         self._find_silent = find_silent
         self._waits: dict[int, _Wait] = {}

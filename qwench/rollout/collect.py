@@ -42,7 +42,7 @@ class Collector:
         deterministic: bool,
         curriculum: Curriculum | None,
     ) -> None:
-        assert rollout.rollout_batch_size is not None, "config.checks requires --rollout-batch-size"
+        assert rollout.rollout_batch_size is not None, "config.verb_checks requires --rollout-batch-size"
         self._runner, self._buffer, self._console = runner, buffer, console
         self._selection = Selection(functions, curriculum)
         self._num_groups = rollout.rollout_batch_size

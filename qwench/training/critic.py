@@ -20,7 +20,7 @@ from qwench.algorithms.columns import RolloutBatch
 from qwench.algorithms.method import Method
 from qwench.checkpoints.formats.sources import PartReader
 from qwench.models.architecture import Architecture
-from qwench.models.parts import HostMemory, Part
+from qwench.models.tensor_parts import HostMemory, Part
 from qwench.training.offload import release_cache
 from qwench.training.passes import Passes
 from qwench.training.trainer import Trainer

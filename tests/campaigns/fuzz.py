@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwench.engines.embedded.http.serving import ServerThread
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 from tests.contract.engine_hosts import make_engine, make_model
 
 Json = Any

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwench.observability import parts, waiting
+from qwench.observability import processes, waiting
 from tests import warm_start
 from tests.campaigns.runs import Driver, family, job, leftovers, make_workspace, remove, scratch_folder
 from tests.e2e.conftest import Workspace
@@ -69,7 +69,7 @@ def hurry() -> None:
     waiting.FIRST_REPORT_S /= HASTE
     waiting.FIRST_LOOK_S /= HASTE
     waiting.LOOK_S /= HASTE
-    parts.SILENT_AFTER_S = waiting.SILENT_AFTER_S = 5.0  # heartbeats come every 2 s
+    processes.SILENT_AFTER_S = waiting.SILENT_AFTER_S = 5.0  # heartbeats come every 2 s
 
 
 def stop(

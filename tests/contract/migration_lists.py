@@ -28,8 +28,8 @@ from transformers import PretrainedConfig, Qwen2Config
 from qwench.commands import train
 from qwench.commands.train import REFERENCE_DEFAULTS
 from qwench.errors import ConfigError
-from qwench.models.made.qwen3 import find_size
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
+from qwench.models.random_qwen3 import find_size
 
 QWEN3 = {
     "Qwen3-0.6B": "0.6B", "Qwen3-1.7B": "1.7B", "Qwen3-4B": "4B", "Qwen3-4B-Base": "4B", "Qwen3-4B-FP8": "4B",

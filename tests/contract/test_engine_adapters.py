@@ -21,8 +21,8 @@ from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.http.serving import ServerThread
 from qwench.engines.protocol import GenerateRequest, GenerateResult, Portion
 from qwench.errors import ConfigError, EngineError, WeightSyncError
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.models.hf import architecture_of
-from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.models.peft import write_adapter
 from tests.checksums import tensor_checksum
 from tests.contract.adapter_cases import ADAPTERS, adapter_matrices, check_log_probs, merged_model

@@ -15,7 +15,7 @@ from qwench.engines.client import IDLE_TIMEOUT_S
 from qwench.engines.embedded.http import border
 from qwench.engines.embedded.http.serving import ServerThread
 from qwench.engines.embedded.http.weight_routes import MAX_GROUPS
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.wire.portions import DEFAULT_BUCKET_BYTES
 from tests.contract.engine_hosts import make_engine, make_model
 from tests.deadlines import patient

@@ -21,7 +21,7 @@ from qwench.engines.embedded.http.api import GenerateBody
 from qwench.engines.embedded.http.serving import ServerThread, greeting, serve
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.errors import EngineError
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 from tests.checksums import tensor_checksum
 from tests.contract.engine_hosts import ask, make_engine, make_model, prompt_of
 from tests.deadlines import patient

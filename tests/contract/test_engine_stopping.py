@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwench.engines.protocol import FinishReason
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 from tests.contract.engine_hosts import EOS, HOSTS, ask, drive, generate_all, make_model, prompt_of
 
 pytestmark = pytest.mark.parametrize("host", HOSTS)

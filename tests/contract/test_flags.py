@@ -16,7 +16,7 @@ from qwench.config.command_line.foreign_flag import ANY
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.config import Config
 from qwench.config.plan import plan_run
-from qwench.config.sections.references import ReferencesConfig
+from qwench.config.sections.foreign import ForeignConfig
 from qwench.config.values import format_value, metavar, parse_value, takes_many
 from qwench.errors import ConfigError
 from qwench.estimators import estimator_names
@@ -141,8 +141,8 @@ def test_the_page_of_migration_names_every_other_default():
 @pytest.mark.parametrize("row", rows("accepted"), ids=names(rows("accepted")))
 def test_a_flag_that_changes_nothing_is_accepted_and_changes_nothing(row):
     config = parse(given(row))
-    assert replace(config, references=ReferencesConfig()) == parse([])
-    name, told = row["flag"][2:].replace("_", "-"), config.references.unused_flags
+    assert replace(config, foreign=ForeignConfig()) == parse([])
+    name, told = row["flag"][2:].replace("_", "-"), config.foreign.unused_flags
     assert told in ((), (name,))
     said = [line for line in warnings(config) if line.startswith("these flags have no effect here")]
     assert [line.endswith(f": --{name}") for line in said] == [True] * len(told)
@@ -150,8 +150,8 @@ def test_a_flag_that_changes_nothing_is_accepted_and_changes_nothing(row):
 
 def test_other_values_of_flags_of_miles_are_accepted_or_refused_by_name():
     config = parse(["--megatron-to-hf-mode", "bridge"])
-    assert replace(config, references=ReferencesConfig()) == parse([])
-    assert config.references.unused_flags == ("megatron-to-hf-mode",)
+    assert replace(config, foreign=ForeignConfig()) == parse([])
+    assert config.foreign.unused_flags == ("megatron-to-hf-mode",)
     with pytest.raises(ConfigError, match=r"^--update-weight-transfer-mode delta is not supported: .* give broadcast or p2p"):
         parse(["--update-weight-transfer-mode", "delta"])
 
@@ -172,7 +172,7 @@ def test_a_flag_of_what_is_not_built_yet_is_reserved(row):
 
 def test_a_router_that_runs_already_is_not_used_and_none_is_started():
     config = parse(["--sglang-router-ip", "127.0.0.1", "--sglang-router-port", "31000"])
-    assert config.references.unused_flags == ("sglang-router-ip",) and not config.engine.routes_requests
+    assert config.foreign.unused_flags == ("sglang-router-ip",) and not config.engine.routes_requests
     assert parse(["--sglang-router-port", "31000"]).engine.routes_requests
 
 
@@ -250,7 +250,7 @@ def test_a_family_of_flags_is_refused_by_how_its_names_begin(flag, reason):
 
 def test_families_that_change_nothing_are_accepted_with_a_warning():
     config = parse(["--straggler-minmax-count", "2", "--cuda-graph-scope", "full", "--expert-model-parallel-size", "1"])
-    assert config.references.unused_flags == ("straggler-minmax-count", "cuda-graph-scope")
+    assert config.foreign.unused_flags == ("straggler-minmax-count", "cuda-graph-scope")
 
 
 def test_all_refused_flags_are_named_at_once_and_what_is_never_supported_first():

@@ -13,9 +13,9 @@ from qwench.engines.client import HttpEngine
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.http.serving import ServerThread
 from qwench.errors import WeightSyncError
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.models.fp8 import BLOCK, is_quantized_name, quantized
 from qwench.models.hf import write_hf_checkpoint
-from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.weights.local import QuantizedWeights, send_copies, shared_weights_for
 from qwench.weights.plan import PublicationPlan
 from qwench.weights.remote import publish_from_rank

@@ -53,9 +53,9 @@ BUILT_IN = [
 def test_a_function_of_theirs_that_means_the_built_in_is_said(flag: str, path: str):
     config = parse_flags(Config, ["--use-tis", flag, path], prog="train.py")
     assert (config.algorithm.custom_tis_function_path, config.data.data_source_path) == (None, None)
-    assert config.references.unused_flags == (f"{flag[2:]} {path} (the built-in is used)",)
+    assert config.foreign.unused_flags == (f"{flag[2:]} {path} (the built-in is used)",)
     own = parse_flags(Config, ["--use-tis", flag, path, flag, "mylab.mine"], prog="train.py")
-    assert own.references.unused_flags == (f"{flag[2:]} {path} (a later {flag} counts)",)
+    assert own.foreign.unused_flags == (f"{flag[2:]} {path} (a later {flag} counts)",)
 
 
 def test_their_function_of_icepop_is_a_mode_of_ours_and_their_class_the_continuous_rollout():
@@ -79,7 +79,7 @@ def test_their_function_of_icepop_is_a_mode_of_ours_and_their_class_the_continuo
 def test_a_function_of_the_users_is_not_taken_for_one_of_theirs(flag: str, path: str):
     config = parse_flags(Config, ["--use-tis", flag, path], prog="train.py")
     assert path in (config.algorithm.custom_tis_function_path, config.data.data_source_path)
-    assert config.references.unused_flags == ()
+    assert config.foreign.unused_flags == ()
 
 
 def test_settings_of_weights_belong_to_a_function_of_the_users_that_computes_them(tmp_path: Path):

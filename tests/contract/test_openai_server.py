@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from qwench.engines.embedded.http.serving import ServerThread
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 from tests.contract.engine_hosts import LONG, make_engine, make_model, prompt_of
 from tests.deadlines import patient
 

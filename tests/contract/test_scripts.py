@@ -14,9 +14,9 @@ from qwench.cli import main
 from qwench.config.command_line.argv import split_words
 from qwench.config.command_line.parse import parse_run
 from qwench.config.model_flags import check_model_flags
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.models.hf import architecture_of, load_hf_config
-from qwench.models.made.qwen3 import find_size
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.random_qwen3 import find_size
 from tests.contract.recipes import RUN_QWEN3_4B, RUN_QWEN3_4B_BASE_SFT, RUN_QWEN3_32B
 from tests.deadlines import patient
 

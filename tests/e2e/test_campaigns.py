@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwench.engines.embedded.http.serving import ServerThread
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 from tests.campaigns import damage, disks, fuzz, kills, stops
 from tests.contract.engine_hosts import make_engine, make_model
 from tests.e2e.conftest import Workspace

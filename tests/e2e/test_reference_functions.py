@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwench.config.report import CONFIG_FILE
+from qwench.config.config_text import CONFIG_FILE
 from tests.e2e.conftest import DIGITS, Workspace, column
 from tests.fakes import cuda_stand_in
 from tests.forked import Forked, fork_qwench

@@ -17,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from qwench.engines.embedded.http.serving import ServerThread
 from qwench.engines.fleet.servers import ServerProcess
 from qwench.engines.kinds.sglang_router import SglangRouter, router_command
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 from tests.contract.engine_hosts import make_engine
 from tests.deadlines import patient
 from tests.verbs import run_verb

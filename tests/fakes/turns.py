@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult, SamplingParams
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.rollout.generate import GenerateContext, Requests
 from qwench.rollout.sampling import Sampling
 from qwench.samples import Json, Prompt, Sample

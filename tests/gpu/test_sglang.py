@@ -28,8 +28,8 @@ from qwench.engines.kinds.identity import ModelIdentity, check_serves
 from qwench.engines.kinds.sglang import check_sglang_words, sglang_command
 from qwench.engines.protocol import Engine, FinishReason, GenerateRequest, GenerateResult, MemoryTag
 from qwench.errors import ConfigError, EngineError
-from qwench.models.made.qwen3 import make_checkpoint
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
+from qwench.models.random_qwen3 import make_checkpoint
 from tests.contract.engine_hosts import ask, generate_all, prompt_of, reference_log_probs
 from tests.fakes.orders import server_order
 from tests.gpu.marks import NEEDS_SGLANG

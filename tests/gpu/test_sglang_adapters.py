@@ -19,10 +19,10 @@ from qwench.engines.fleet.servers import ServerProcess
 from qwench.engines.kinds.sglang import sglang_command
 from qwench.engines.protocol import GenerateRequest, GenerateResult
 from qwench.models.architecture import PROJECTIONS
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.models.hf import architecture_of
-from qwench.models.made.qwen3 import make_checkpoint
-from qwench.models.made.tokenizers import build_small_tokenizer
 from qwench.models.peft import AdapterConfig
+from qwench.models.random_qwen3 import make_checkpoint
 from qwench.observability.timing import PhaseTimer
 from qwench.weights.plan import NamedAdapter, PublicationPlan
 from qwench.weights.publisher import Publisher

@@ -21,8 +21,8 @@ from qwench.engines.client import HttpEngine
 from qwench.engines.fleet.servers import ServerProcess
 from qwench.engines.kinds.sglang import sglang_command
 from qwench.engines.protocol import GenerateRequest, GenerateResult, MemoryTag
-from qwench.models.made.qwen3 import make_checkpoint
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
+from qwench.models.random_qwen3 import make_checkpoint
 from qwench.training.batch import pack
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.process_group import init_process_group

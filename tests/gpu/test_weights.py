@@ -13,7 +13,7 @@ from qwench.config.sections.engine import EngineConfig
 from qwench.engines.client import HttpEngine
 from qwench.engines.fleet.servers import ServerProcess, server_environ
 from qwench.engines.kinds.embedded import embedded_command
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.weights.broadcast import BroadcastLink
 from qwench.weights.plan import PublicationPlan
 from qwench.weights.remote import publish_from_rank

@@ -9,8 +9,8 @@ import pytest
 
 from qwench import __version__, cli
 from qwench.errors import ConfigError, EngineError, Stopped
-from qwench.models.made.qwen3 import make_checkpoint
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
+from qwench.models.random_qwen3 import make_checkpoint
 
 
 def run(*words: str, command: cli.Command | None = None) -> int:

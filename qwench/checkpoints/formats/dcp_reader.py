@@ -34,8 +34,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from qwench.errors import CheckpointError
-from qwench.models.parts import Part
 from qwench.models.safetensors_files import TensorSpec
+from qwench.models.tensor_parts import Part
 
 METADATA = ".metadata"
 _FORMAT_MODULES = (

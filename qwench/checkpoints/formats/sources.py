@@ -36,9 +36,9 @@ from qwench.models.architecture import Architecture
 from qwench.models.fp8 import BLOCK, dequantize, scale_name
 from qwench.models.hf_weights import check_nothing_more, check_shapes, find_parameters
 from qwench.models.nf4 import FrozenForm, rounded
-from qwench.models.parts import HostMemory, Part
 from qwench.models.peft import A, AdapterFolder, B, is_adapter, merged
 from qwench.models.safetensors_files import StoredTensor, TensorSpec, as_bytes, read_tensor
+from qwench.models.tensor_parts import HostMemory, Part
 
 Format = Literal["hf", "torch_dist", "fsdp", "peft"]
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -32,8 +32,8 @@ from qwench.errors import CheckpointError, ConfigError
 from qwench.models.architecture import Architecture
 from qwench.models.hf_weights import check_nothing_more, differing_head
 from qwench.models.megatron_names import WeightRule, rules, to_hf
-from qwench.models.parts import HostMemory, Part
 from qwench.models.safetensors_files import TensorSpec
+from qwench.models.tensor_parts import HostMemory, Part
 
 CONFIG_FILE = "metadata.json"
 COMMON_FILE = "common.pt"

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 
 from qwench.config.command_line.flags import Flag
-from qwench.config.command_line.pages import PAGES, Page
+from qwench.config.command_line.verb_help import PAGES, Page
 from qwench.config.values import choices, format_value, metavar
 from qwench.errors import ConfigError
 

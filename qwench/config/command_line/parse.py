@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, cast, get_type_hints
 
-from qwench.config.checks import check_eval, check_serve, check_sft, check_train
 from qwench.config.command_line.argv import (
     Given,
     Occurrence,
@@ -29,6 +28,7 @@ from qwench.config.engine_choice import look_at_machine, with_engine
 from qwench.config.rules import check_rules
 from qwench.config.sections.verbs import ServeConfig
 from qwench.config.values import yaml_words
+from qwench.config.verb_checks import check_eval, check_serve, check_sft, check_train
 from qwench.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")

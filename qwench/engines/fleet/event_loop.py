@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 from qwench.errors import EngineError
-from qwench.observability.parts import describe_silence, silent_parts, stacks_written
+from qwench.observability.processes import describe_silence, silent_processes, stacks_written
 from qwench.observability.stopping import interruptible
 from qwench.observability.waiting import Describe, joined, say_nothing, waiting
 from qwench.threads import daemon
@@ -140,7 +140,7 @@ async def _cancel_all_others() -> None:
 
 
 def _too_late(label: str, timeout_s: float | None, describe: Describe) -> EngineError:
-    detail = joined(describe(), describe_silence(silent_parts()))
+    detail = joined(describe(), describe_silence(silent_processes()))
     late = f" ({detail})" if detail else ""
     return EngineError(
         f"{label} did not end within {timeout_s:g} s{late}; see the engine's log, or raise its timeout. {stacks_written()}"

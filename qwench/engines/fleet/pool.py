@@ -22,7 +22,7 @@ from qwench.engines.fleet.health import Supervisor
 from qwench.engines.fleet.members import Member, Members, MemberState, Router
 from qwench.engines.protocol import Engine, EngineStats, GenerateRequest, GenerateResult, MemoryTag
 from qwench.errors import EngineLostError, WeightSyncError
-from qwench.observability.parts import AskedPart, forget, register
+from qwench.observability.processes import AskedProcess, forget, register
 from qwench.observability.waiting import Describe, say_nothing
 
 _logger = logging.getLogger(__name__)
@@ -83,9 +83,9 @@ class EnginePool:
         self._router = router
         self._unrouted = list(self._members)
         self._tags_asleep: Sequence[MemoryTag] = ()
-        self._parts = self._list_parts()
-        for part in self._parts:
-            register(part)
+        self._watched = self._list_processes()
+        for process in self._watched:
+            register(process)
         self.run(self._begin(), label="start of the engines", timeout_s=CONTROL_TIMEOUT_S)
 
     @property
@@ -251,8 +251,8 @@ class EnginePool:
 
     def close(self) -> None:
         """End supervision, router, engines and their servers, then the loop."""
-        for part in self._parts:
-            forget(part)
+        for process in self._watched:
+            forget(process)
         try:
             self.run(self._end(), label="close engines", timeout_s=CLOSE_TIMEOUT_S)
         finally:
@@ -293,17 +293,21 @@ class EnginePool:
                 continue
             await (self._router.add(member.url) if self._supervisor is None else self._supervisor.route(member))
 
-    def _list_parts(self) -> list[AskedPart]:
+    def _list_processes(self) -> list[AskedProcess]:
         """Return the processes whose silence is worth a word; all are asked on the loop, so that comes first."""
-        loop = AskedPart("the engines' event loop", lambda: self.loop.start(_do_nothing()), lambda: "(a thread of the driver)")
-        parts = [loop]
+        loop = AskedProcess(
+            "the engines' event loop", lambda: self.loop.start(_do_nothing()), lambda: "(a thread of the driver)"
+        )
+        processes = [loop]
         if self._router is not None:
-            parts.append(AskedPart(self._router.label, partial(self._ask_router, self._router), lambda: "(it is not Python)"))
+            processes.append(
+                AskedProcess(self._router.label, partial(self._ask_router, self._router), lambda: "(it is not Python)")
+            )
         for member in self._members:
             if member.url:
                 stacks = member.server.stacks if member.server is not None else lambda: "(not started by this run)"
-                parts.append(AskedPart(member.label, partial(self._ask_member, member), stacks))
-        return parts
+                processes.append(AskedProcess(member.label, partial(self._ask_member, member), stacks))
+        return processes
 
     def _ask_router(self, router: Router) -> Future[object]:
         return self.loop.start(router.check())

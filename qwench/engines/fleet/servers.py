@@ -26,7 +26,7 @@ from qwench.config.environment import without_rank
 from qwench.engines.client import HEALTH_TIMEOUT_S
 from qwench.errors import EngineError
 from qwench.files import written
-from qwench.observability.parts import STACKS_SIGNAL, ask_for_stacks
+from qwench.observability.processes import STACKS_SIGNAL, ask_for_stacks
 from qwench.wire.addresses import Placement, unused_port
 
 HEALTH_POLL_S = 0.2
@@ -112,7 +112,7 @@ class ServerCommand:
     """None: one that is free at the first start."""
     start_timeout_s: float
     dumps_stacks: bool = False
-    """All its processes write their stacks to the log on `observability.parts.STACKS_SIGNAL`, instead of ending."""
+    """All its processes write their stacks to the log on `observability.processes.STACKS_SIGNAL`, instead of ending."""
 
 
 class CommandMaker(Protocol):

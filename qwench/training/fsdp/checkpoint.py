@@ -31,8 +31,8 @@ from qwench.checkpoints.formats.torch_dist import CONFIG_FILE
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_model, model_of
-from qwench.models.parts import HostMemory
 from qwench.models.peft import AdapterFolder, write_adapter
+from qwench.models.tensor_parts import HostMemory
 from qwench.training.fsdp.lora import Adapters
 from qwench.training.fsdp.optimizer import MasterOptimizer, full_tensor, local_shard, own_part
 from qwench.training.pissa import as_one, folder_name

@@ -21,7 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.utils import get_total_norm
 
 from qwench.config.sections.optimizer import OptimizerConfig
-from qwench.models.parts import Part
+from qwench.models.tensor_parts import Part
 from qwench.training.fsdp.gradients import Gradients
 from qwench.training.optimizers.adam8bit import Adam8bit
 from qwench.training.optimizers.host_adam import HostAdam

@@ -31,7 +31,7 @@ from qwench.config.sections.training import TrainingConfig
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.megatron_names import rules
-from qwench.models.parts import HostMemory
+from qwench.models.tensor_parts import HostMemory
 from qwench.training.critic import NewHead
 from qwench.training.frozen import FrozenMatrix, OtherModel
 from qwench.training.megatron import adapter_checkpoint, checkpoint, pipeline

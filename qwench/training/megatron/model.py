@@ -27,7 +27,7 @@ from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture, refuse_output_biases
 from qwench.models.megatron_names import WeightRule, rules, to_megatron
-from qwench.models.parts import HostMemory
+from qwench.models.tensor_parts import HostMemory
 from qwench.training.megatron.context_parallel import SequenceSplit, gather_results, split_sequences
 from qwench.training.megatron.groups import is_first_stage, is_last_stage
 from qwench.training.megatron.layers import PackedTokens, block_spec, uses_varlen_kernel

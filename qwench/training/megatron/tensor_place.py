@@ -17,7 +17,7 @@ from torch import Tensor
 from qwench.checkpoints.formats.pieces import Piece, rectangles
 from qwench.models.architecture import Architecture
 from qwench.models.megatron_names import WeightRule
-from qwench.models.parts import Part
+from qwench.models.tensor_parts import Part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

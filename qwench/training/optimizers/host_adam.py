@@ -51,7 +51,7 @@ class AdamConstants(TypedDict):
 
 def adam_constants(section: OptimizerConfig) -> AdamConstants:
     """Return the constants that the flags give."""
-    assert section.lr is not None, "config.checks requires --lr"
+    assert section.lr is not None, "config.verb_checks requires --lr"
     betas = (section.adam_beta1, section.adam_beta2)
     return AdamConstants(lr=section.lr, betas=betas, eps=section.adam_eps, weight_decay=section.weight_decay)
 

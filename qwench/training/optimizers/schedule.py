@@ -34,7 +34,7 @@ class LrSchedule:
         Raises:
             ConfigError: nothing is left to decay after the warm-up.
         """
-        assert optimizer.lr is not None, "config.checks requires --lr"
+        assert optimizer.lr is not None, "config.verb_checks requires --lr"
         self.peak = optimizer.lr
         self._optimizer = optimizer
         self._decay_steps = optimizer.lr_decay_iters or total_steps

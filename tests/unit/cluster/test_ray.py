@@ -19,7 +19,7 @@ from qwench.cluster.messages import Answer, Call, Death
 from qwench.cluster.ray import RayCluster, RayRanks, RayServer
 from qwench.cluster.ray_actors import EngineActor, TrainerActor
 from qwench.errors import ConfigError, EngineError, TrainingError
-from qwench.observability import parts
+from qwench.observability import processes
 from qwench.wire.addresses import Placement
 
 VISIBLE = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_EXPERIMENTAL_NOSET_HIP_VISIBLE_DEVICES": "1"}
@@ -230,7 +230,7 @@ def test_ranks_answer_each_call_and_a_lost_one_is_a_death(played):
     lost = RayActorError()
     actors = [PlayedActor({"answer": one, "stacks": "frames"}) for one in (Answer(value=1), lost, late)]
     ranks = RayRanks(actors, rendezvous=None)
-    watched = [part for part in parts._parts if part.label.startswith("trainer rank")]
+    watched = [part for part in processes._processes if part.label.startswith("trainer rank")]
     ranks.send(Call(method="learn"))
     assert [actor.calls for actor in actors] == [[("answer", Call(method="learn"))]] * 3
     first, (rank, death) = ranks.receive(1.5)
@@ -244,7 +244,7 @@ def test_ranks_answer_each_call_and_a_lost_one_is_a_death(played):
     assert actors[0].calls[1:] == [("stacks",), ("beat",)] and ray.timeouts[-3:] == [10.0] * 3
     ranks.end()
     assert ray.notes[-3:] == [("kill", actor) for actor in actors]
-    assert not set(watched) & set(parts._parts)
+    assert not set(watched) & set(processes._processes)
 
 
 def server_of(**answers: object) -> tuple[RayServer, PlayedActor]:

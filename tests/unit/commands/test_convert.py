@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 from qwench.checkpoints.convert import Conversion, Converted
 from qwench.commands.convert import PROMPTS, _report, _verify, convert_torch_dist_to_hf, run
 from qwench.errors import CheckpointError, ConfigError
-from qwench.models.made.qwen3 import make_checkpoint
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
+from qwench.models.random_qwen3 import make_checkpoint
 from tests.fakes.console import RecordingConsole
 
 

@@ -14,11 +14,11 @@ from qwench.config.sections.critic import CriticConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.engine import EngineConfig
+from qwench.config.sections.foreign import ForeignConfig
 from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
-from qwench.config.sections.references import ReferencesConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import AsyncConfig, RolloutConfig
 from qwench.config.sections.training import TrainingConfig
@@ -159,7 +159,7 @@ def banded(**sections) -> dict[str, object]:
     return {"data": DataConfig(**data), **sections}
 
 
-OWN_ADVANTAGES = ReferencesConfig(custom_advantage_function_path="a.b")
+OWN_ADVANTAGES = ForeignConfig(custom_advantage_function_path="a.b")
 
 
 LORA = LoraConfig(lora_rank=8)
@@ -230,7 +230,7 @@ def test_adapters_in_megatron_are_refused_where_they_are_not_built(lora, trainin
 
 @pytest.mark.parametrize(("sections", "message"), [
     ({"critic": CriticConfig(critic_lr=1e-5)}, "--critic-lr (1e-05) has no effect with --advantage-estimator grpo"),
-    ({"algorithm": AlgorithmConfig(advantage_estimator="ppo"), "references": OWN_ADVANTAGES}, "--custom-advantage-function-"),
+    ({"algorithm": AlgorithmConfig(advantage_estimator="ppo"), "foreign": OWN_ADVANTAGES}, "--custom-advantage-function-"),
     ({"distillation": OPD, "algorithm": AlgorithmConfig(loss_type="sft_loss")}, "--use-opd has no effect with --loss-type"),
     (truncated(engine=EngineConfig(rollout_engine="sglang")), "--rollout-top-p 0.9 does not work in training with SGLang: the"),
     (truncated(distillation=OPD), "--rollout-top-p 0.9 does not work in training with --use-opd: the trainer normalises its"),
@@ -250,7 +250,7 @@ def test_adapters_in_megatron_are_refused_where_they_are_not_built(lora, trainin
     (overlong() | {"algorithm": AlgorithmConfig(loss_type="sft_loss")}, "--overlong-buffer-len has no effect with --loss-type"),
     ({"distillation": SERVED}, "--opd-type sglang asks a teacher on a server; give its address by --rm-url"),
     ({"distillation": SERVED, "reward": RewardConfig(rm_type="remote_rm", rm_url="http://a")}, "--rm-url is the address of"),
-    ({"distillation": OPD, "references": OWN_ADVANTAGES}, "--use-opd and --custom-advantage-function-path both set"),
+    ({"distillation": OPD, "foreign": OWN_ADVANTAGES}, "--use-opd and --custom-advantage-function-path both set"),
 ])  # fmt: skip
 def test_critic_and_teacher_have_a_method_that_uses_them(sections, message):
     with pytest.raises(ConfigError) as caught:

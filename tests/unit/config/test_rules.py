@@ -14,11 +14,11 @@ from qwench.config.sections.debug import DebugConfig, ProfilingConfig
 from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.foreign import ForeignConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
-from qwench.config.sections.references import ReferencesConfig
 from qwench.config.sections.rollout import SFT_ROLLOUT, AsyncConfig, RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
@@ -55,18 +55,18 @@ REFUSED = [
         "--eval-low-priority cannot go with --sglang-schedule-low-priority-values-first",
     ),
     (
-        {"references": ReferencesConfig(custom_update_weight_post_write_path="a.b")},
+        {"foreign": ForeignConfig(custom_update_weight_post_write_path="a.b")},
         "--custom-update-weight-post-write-path sees files that only --update-weight-transport disk writes, got nccl",
     ),
     (
         {
-            "references": ReferencesConfig(custom_update_weight_post_write_path="a.b"),
+            "foreign": ForeignConfig(custom_update_weight_post_write_path="a.b"),
             "engine": EngineConfig(update_weight_transport="disk"),
         },
         "--custom-update-weight-post-write-path has no effect on the embedded engine of this process",
     ),
     (
-        {"references": ReferencesConfig(custom_megatron_init_path="a.b"), "training": FSDP},
+        {"foreign": ForeignConfig(custom_megatron_init_path="a.b"), "training": FSDP},
         "--custom-megatron-init-path needs --train-backend megatron",
     ),
     (
@@ -226,7 +226,7 @@ def test_servers_that_share_the_gpus_of_several_ranks_read_the_files_of_a_public
     check_rules(
         Config(
             cluster=ClusterConfig(actor_num_gpus_per_node=2, colocate=True),
-            references=ReferencesConfig(custom_update_weight_post_write_path="a.b"),
+            foreign=ForeignConfig(custom_update_weight_post_write_path="a.b"),
             engine=EngineConfig(rollout_engine="embedded", update_weight_transport="disk"),
         )
     )

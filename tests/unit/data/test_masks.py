@@ -2,7 +2,7 @@ import pytest
 
 from qwench.data.masks import build_mask_function
 from qwench.errors import ConfigError
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 
 TOKENIZER = build_small_tokenizer()
 ASSISTANT = "<|im_start|>assistant\n"

@@ -7,7 +7,7 @@ import pytest
 from qwench.data.chat import tokenize
 from qwench.data.prompts import LoadedPrompts, NoPrompts, PromptSource, load_prompts
 from qwench.errors import CheckpointError, ConfigError
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.samples import Prompt, Status
 
 TOKENIZER = build_small_tokenizer()

@@ -7,7 +7,7 @@ import pytest
 
 from qwench.data.sft import LoadedSft, SftExample, SftSource, describe_packing, load_sft, render_mask_preview
 from qwench.errors import CheckpointError, ConfigError
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.samples import Status
 
 TOKENIZER = build_small_tokenizer()

@@ -11,7 +11,7 @@ import pytest
 from qwench.engines.fleet.health import MAX_STARTS
 from qwench.engines.protocol import FinishReason, GenerateResult, MemoryTag
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
-from qwench.observability import parts
+from qwench.observability import processes
 from tests.unit.engines.supervised import DEADLINE_S, OFTEN, RARELY, request
 
 
@@ -75,13 +75,13 @@ def test_without_supervision_a_lost_engine_ends_the_run_by_its_name_and_the_end_
 
 
 def test_a_stopped_server_is_silent_until_it_answers_again(make_scene, monkeypatch):
-    monkeypatch.setattr(parts, "SILENT_AFTER_S", 0.2)
+    monkeypatch.setattr(processes, "SILENT_AFTER_S", 0.2)
     scene = make_scene(health=None)
     scene.a.hangs = True
-    parts.silent_parts()
-    scene.wait_until(lambda: list(parts.silent_parts()) == ["server of a (a)"])
+    processes.silent_processes()
+    scene.wait_until(lambda: list(processes.silent_processes()) == ["server of a (a)"])
     scene.a.hangs = False
-    scene.wait_until(lambda: not parts.silent_parts())
+    scene.wait_until(lambda: not processes.silent_processes())
 
 
 def test_an_engine_that_does_not_start_again_ends_the_run_with_the_reason(make_scene):

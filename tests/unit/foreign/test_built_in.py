@@ -7,7 +7,7 @@ import pytest
 
 from qwench.errors import QwenchError
 from qwench.foreign.built_in import InferenceRolloutFn, generate_rollout
-from qwench.foreign.functions import Adapters
+from qwench.foreign.rollout_functions import Adapters
 from qwench.foreign.sample import RolloutFnEvalOutput
 from qwench.foreign.session import Session, close_session, current_session, open_session
 from qwench.rollout.buffer import GroupBuffer

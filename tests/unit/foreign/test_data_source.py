@@ -11,7 +11,7 @@ from qwench.errors import CheckpointError, ConfigError, QwenchError
 from qwench.foreign.data_source import ForeignSource, check_data_source
 from qwench.foreign.sample import Sample
 from qwench.foreign.stand_in_sources import DataSource, RolloutDataSource, RolloutDataSourceWithBuffer
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 
 HERE = "tests.unit.foreign.test_data_source"
 TOKENIZER = build_small_tokenizer()

@@ -9,7 +9,7 @@ import pytest
 from qwench.commands.start import ask_functions
 from qwench.config.command_line.parse import Declared, parse_flags
 from qwench.config.config import Config
-from qwench.config.report import as_yaml, flag_values
+from qwench.config.config_text import as_yaml, flag_values
 from qwench.errors import ConfigError
 from qwench.foreign.declared_flags import parse_declared
 
@@ -152,5 +152,5 @@ def test_a_rollout_class_declares_flags_too(tmp_path):
         "        parser.add_argument('--depth', type=int, default=1)\n"
     )
     config = Config(rollout=replace(Config().rollout, rollout_function_path=f"{tmp_path / 'mine.py'}:Rollout"))
-    declared = replace(config, references=replace(config.references, declared_args=("--depth", "2")))
+    declared = replace(config, foreign=replace(config.foreign, declared_args=("--depth", "2")))
     assert parse_declared(declared) == {"depth": 2}

@@ -1,7 +1,7 @@
 """The references' mask generator gives the tokens and masks of --loss-mask-type."""
 
 from qwench.foreign.built_in import MultiTurnLossMaskGenerator
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 
 TOKENIZER = build_small_tokenizer()
 MESSAGES = [

@@ -23,7 +23,7 @@ from qwench.foreign.modules import (
 )
 from qwench.foreign.sample import DynamicFilterOutput, Sample, SampleStatus
 from qwench.foreign.session import wait_http_ok
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 
 ARGS = Namespace(reward_key=None)
 

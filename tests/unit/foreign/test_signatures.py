@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from qwench.config.sections.agent import AgentConfig
-from qwench.config.sections.references import ReferencesConfig
+from qwench.config.sections.foreign import ForeignConfig
 from qwench.errors import ConfigError
 from qwench.foreign.data_source import check_data_source
-from qwench.foreign.hooks import load_hooks
 from qwench.foreign.losses import load_correction, load_loss, load_reduction
+from qwench.foreign.megatron_hooks import load_hooks
 from qwench.foreign.targets import load_targets
 from qwench.rollout.tool_loop import ToolLoop
 
@@ -26,7 +26,7 @@ LOADERS: list[tuple[str, str, Callable[[str], object]]] = [
     ("ab", "--custom-advantage-function-path", lambda path: load_targets(path, None, Namespace)),
     ("abc", "--rollout-data-postprocess-path", lambda path: load_targets(None, path, Namespace)),
     *(
-        (letters, f"--{name.replace('_', '-')}", lambda path, name=name: load_hooks(ReferencesConfig(**{name: path})))
+        (letters, f"--{name.replace('_', '-')}", lambda path, name=name: load_hooks(ForeignConfig(**{name: path})))
         for name, letters in {
             "custom_megatron_init_path": "a",
             "custom_megatron_before_log_prob_hook_path": "abc",

@@ -15,9 +15,9 @@ from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.foreign import ForeignConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.lora import LoraConfig
-from qwench.config.sections.references import ReferencesConfig
 from qwench.config.sections.rollout import AsyncConfig, RolloutConfig
 from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.config.sections.training import TrainingConfig
@@ -326,12 +326,12 @@ def test_an_adapter_is_named_to_servers_that_read_it_from_a_folder(kind: str | N
     engine = SimpleNamespace() if kind is None else HttpEngine("http://host:1", kind=kind)
     config = config_of(
         lora=ADAPTERS, engine=EngineConfig(update_weight_transport=transport, update_weight_disk_dir=Path("shared")),
-        references=ReferencesConfig(custom_update_weight_post_write_path="a.b"),
+        foreign=ForeignConfig(custom_update_weight_post_write_path="a.b"),
     )  # fmt: skip
     pool = SimpleNamespace(engines=[SimpleNamespace(), engine])
     plan = make_publisher(inputs_of(config), "model", pool, gpus=object(), timer=PhaseTimer())._plan
     assert plan.named == (NamedAdapter(config=AdapterConfig.of_run(ADAPTERS, base=".")) if named else None)
-    assert plan.after_write.section is config.references and plan.after_write.args.hf_checkpoint is None
+    assert plan.after_write.section is config.foreign and plan.after_write.args.hf_checkpoint is None
     whole = inputs_of(replace(config, lora=LoraConfig()))
     assert make_publisher(whole, "model", pool, gpus=object(), timer=PhaseTimer())._plan.named is None
 

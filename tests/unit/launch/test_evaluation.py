@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from qwench.config.config import Config
-from qwench.config.report import flag_values
+from qwench.config.config_text import flag_values
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.rollout import RolloutConfig

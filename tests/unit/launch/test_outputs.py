@@ -23,6 +23,7 @@ from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.lora import LoraConfig
+from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError
 from qwench.files import claim_folder
@@ -327,3 +328,72 @@ def test_the_best_checkpoint_is_that_of_the_first_evaluation_set(tmp_path):
     )
     sft = inputs_with(tmp_path, **flags, checkpoint=kept, algorithm=AlgorithmConfig(loss_type="sft_loss"))
     assert outputs._best(sft) == Criterion(metric="eval/first/loss", higher_is_better=False)
+
+
+class Sink:
+    def __init__(self, *given, **options):
+        self.made = (*given, options)
+
+
+TRACKED = LoggingConfig(
+    use_wandb=True, wandb_project="p", wandb_group="g", wandb_team="t", wandb_mode="offline", wandb_dir=Path("w"),
+    wandb_run_id="i", wandb_host="h", wandb_key="k", use_mlflow=True, mlflow_tracking_uri="u", mlflow_experiment_name="e",
+    mlflow_run_id="m", use_prometheus=True, prometheus_port=91, use_tensorboard=True, tensorboard_dir=Path("curves"),
+    log_dir=Path("logs"),
+)  # fmt: skip
+
+
+def sinks_of(monkeypatch, *, rank=0, logging=TRACKED, **plan):
+    """Return the name and arguments of each sink of a run's metrics, after the report's own."""
+    for name in ("JsonlSink", "TensorBoardSink", "WandbSink", "MlflowSink", "PrometheusSink"):
+        monkeypatch.setattr(outputs, name, type(name, (Sink,), {}))
+    monkeypatch.setattr(outputs, "MetricLog", lambda sinks, **options: (sinks, options))
+    inputs = replace(inputs_with(Path("model"), logging=logging), rank=rank)
+    sinks, options = outputs.metric_log(inputs, "report")
+    assert options == {"gate": None, "num_steps_per_rollout": inputs.plan.batch.num_steps_per_rollout}
+    assert sinks[:1] == (["report"] if rank == 0 else [])
+    return {type(sink).__name__: sink.made for sink in sinks[1:]}
+
+
+def test_every_tracker_is_opened_with_its_flags(monkeypatch):
+    wandb = {"project": "p", "group": "g", "team": "t", "mode": "offline", "folder": Path("w"), "run_id": "i", "host": "h"}
+    expected = {
+        "JsonlSink": (Path("logs/metrics.jsonl"), {"flag": "--log-dir"}),
+        "TensorBoardSink": (Path("curves"), {}),
+        "WandbSink": ({**wandb, "key": "k", "steps_per_rollout": 1},),
+        "MlflowSink": ({"uri": "u", "experiment": "e", "run_name": "g", "run_id": "m"},),
+        "PrometheusSink": ({"port": 91, "run_name": "g"},),
+    }
+    assert sinks_of(monkeypatch) == expected
+    assert sinks_of(monkeypatch, rank=1) == {}
+    assert sinks_of(monkeypatch, logging=LoggingConfig()) == {}
+    monkeypatch.setenv("WANDB_API_KEY", "of the environment")
+    names = replace(TRACKED, wandb_key=None, mlflow_run_name="own", prometheus_run_name="own")
+    named = sinks_of(monkeypatch, logging=names)
+    assert named["WandbSink"][0]["key"] == "of the environment"
+    assert (named["MlflowSink"][0]["run_name"], named["PrometheusSink"][0]["run_name"]) == ("own", "own")
+    assert sinks_of(monkeypatch, logging=replace(TRACKED, wandb_group=None))["PrometheusSink"][0]["run_name"] == "qwench"
+
+
+def test_the_metric_of_a_check_is_watched_on_the_main_rank():
+    evaluation = EvalConfig(ci_metric_checker_key="eval/x", ci_metric_checker_threshold=0.5)
+    inputs = inputs_with(Path("model"), evaluation=evaluation)
+    gate = outputs._metric_gate(inputs)
+    assert (gate._key, gate._threshold) == ("eval/x", 0.5)
+    assert outputs._metric_gate(replace(inputs, rank=1)) is None
+    assert outputs._metric_gate(inputs_with(Path("model"))) is None
+
+
+def test_each_rollout_is_recorded_where_the_flags_say():
+    records = DebugConfig(save_debug_rollout_data="{rollout_id}.jsonl", save_debug_trajectory_data="{rollout_id}.json")
+    inputs = inputs_with(
+        Path("model"), debug=records, logging=LoggingConfig(log_dir=Path("logs")),
+        reward=RewardConfig(rm_type="math", second_grader="math-verify"),
+    )  # fmt: skip
+    found = [(record.func.__name__, record.args, record.keywords) for record in outputs.recorders(inputs, "run")]
+    assert found == [
+        ("save_trajectories", ("{rollout_id}.json",), {}),
+        ("save_rollout", ("{rollout_id}.jsonl",), {"run": "run"}),
+        ("list_disagreements", (Path("logs") / outputs.DISAGREEMENTS,), {}),
+    ]
+    assert list(outputs.recorders(inputs_with(Path("model")), "run")) == []

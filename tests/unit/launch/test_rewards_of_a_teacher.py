@@ -21,7 +21,7 @@ from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import ConfigError
 from qwench.launch import rollouts
 from qwench.launch.inputs import Inputs, read_eval_prompts
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.samples import Prompt, Sample
 from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import FakeEngine

@@ -170,7 +170,7 @@ def test_a_learner_has_what_the_plan_and_the_flags_name(parts: dict[str, object]
         "temperature": 1.0,
         "timer": timer,
         "console": inputs.console,
-        "hooks": ("hooks", inputs.config.references),
+        "hooks": ("hooks", inputs.config.foreign),
         "link": None,
         "forgets_moments": True,
         "peak_tflops": 9.0,

@@ -60,8 +60,8 @@ def test_of_several_modules_the_one_that_ends_it_is_named_by_its_flag(tmp_path: 
 
 @pytest.mark.parametrize(("section", "name"), [
     ("agent", "generate_tool_specs_path"), ("agent", "generate_execute_tool_function_path"),
-    ("agent", "custom_agent_function_path"), ("references", "custom_advantage_function_path"),
-    ("references", "rollout_data_postprocess_path"), ("evaluation", "eval_function_path"),
+    ("agent", "custom_agent_function_path"), ("foreign", "custom_advantage_function_path"),
+    ("foreign", "rollout_data_postprocess_path"), ("evaluation", "eval_function_path"),
 ])  # fmt: skip
 def test_the_module_of_every_flag_is_tried(section: str, name: str, tmp_path: Path) -> None:
     path = module(tmp_path, "ends.py", "import os\nos._exit(1)")

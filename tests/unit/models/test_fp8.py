@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from qwench.checkpoints.formats.sources import open_weights
 from qwench.errors import ConfigError
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.models.fp8 import (
     QUANTIZATION_CONFIG,
     dequantize,
@@ -20,9 +21,8 @@ from qwench.models.fp8 import (
 )
 from qwench.models.hf import architecture_of, load_hf_config, load_model, write_hf_checkpoint
 from qwench.models.hf_weights import is_fp8_checkpoint
-from qwench.models.made.qwen3 import make_checkpoint
-from qwench.models.made.tokenizers import build_small_tokenizer
-from qwench.models.parts import HostMemory, Part
+from qwench.models.random_qwen3 import make_checkpoint
+from qwench.models.tensor_parts import HostMemory, Part
 
 
 def e4m3_values() -> list[float]:

@@ -7,9 +7,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 from qwench.errors import CheckpointError, ConfigError
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.models.hf import load_hf_config, load_model, load_tokenizer, stop_token_ids, write_companions, write_hf_checkpoint
-from qwench.models.made.qwen3 import make_checkpoint
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.random_qwen3 import make_checkpoint
 
 TOKENIZER = build_small_tokenizer()
 TOKENS = torch.tensor([[5, 6, 7, 8, 200, 264]])

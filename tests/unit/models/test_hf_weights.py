@@ -17,10 +17,10 @@ from qwench.checkpoints.formats.sources import HfWeights
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.architecture import Architecture
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.models.hf import architecture_of, check_vocabulary, load_hf_config, load_model, load_tokenizer
 from qwench.models.hf_weights import find_parameters
-from qwench.models.made.qwen3 import make_checkpoint
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.random_qwen3 import make_checkpoint
 from tests.contract.engine_hosts import settings_of
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -6,7 +6,6 @@ import pytest
 
 from qwench.models.architecture import PROJECTIONS
 from qwench.models.hf import architecture_of
-from qwench.models.made.qwen3 import SIZES
 from qwench.models.memory import (
     RankBytes,
     SequenceCost,
@@ -20,6 +19,7 @@ from qwench.models.memory import (
     num_parameters,
     projection_shapes,
 )
+from qwench.models.random_qwen3 import SIZES
 from tests.unit.config.architectures import QWEN3_4B
 
 BF16 = StateBytes(param=2, moments=8, offloaded=0.0)

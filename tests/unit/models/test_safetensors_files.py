@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from qwench.errors import CheckpointError
-from qwench.models.parts import Part
 from qwench.models.safetensors_files import SafetensorsWriter, TensorSpec, find_tensors, is_equal, read_header, read_tensor
+from qwench.models.tensor_parts import Part
 
 TENSORS = {
     "b.weight": torch.arange(6).bfloat16().reshape(2, 3),

@@ -13,7 +13,7 @@ from qwench.config.sections.distillation import DistillationConfig
 from qwench.engines.embedded.http.serving import ServerThread
 from qwench.engines.protocol import FinishReason, GenerateResult, Scores, Scoring
 from qwench.errors import ConfigError, EngineError
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.rollout import teacher as module
 from qwench.rollout.generate import Requests
 from qwench.rollout.teacher import Teachers, check_teachers, choose_tokens, server_url, weighted_reverse_kl

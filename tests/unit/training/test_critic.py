@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwench.models.parts import HostMemory, Part
+from qwench.models.tensor_parts import HostMemory, Part
 from qwench.training.critic import Critic, NewHead
 from qwench.training.trainer import Trainer
 from tests.unit.config.architectures import QWEN3_4B

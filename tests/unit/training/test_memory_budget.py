@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qwench.models.hf import architecture_of
-from qwench.models.made.qwen3 import find_size
 from qwench.models.memory import StateBytes, fsdp_bytes
+from qwench.models.random_qwen3 import find_size
 from qwench.training.memory_budget import ActivationBudget, kept_bytes
 from qwench.training.packed_decoder import Keep
 

@@ -1,4 +1,4 @@
-"""The further ranks of an engine of several devices, seen from rank 0: a process each (see `follower`).
+"""The further ranks of an engine of several devices, seen from rank 0: a process each (see `follower_process`).
 
     rank 0:   engine -> LeadingRunner, LeadingWeights -.-> its own part of the work
                                                        |  one pipe a rank: (what, name of a method, arguments)
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qwench.engines.embedded.compute.batch import PackedStep
 from qwench.engines.embedded.compute.decode_work import IntArray
-from qwench.engines.embedded.compute.follower import HOST, START_TIMEOUT_S, Message, follow
+from qwench.engines.embedded.compute.follower_process import HOST, START_TIMEOUT_S, Message, follow
 from qwench.engines.embedded.compute.ranks import COLLECTIVE_TIMEOUT_S, RankGroup, Shard
 from qwench.engines.embedded.compute.runner import InFlight, Runner, Sampled
 from qwench.engines.embedded.compute.weights import WeightStore, is_of_adapter

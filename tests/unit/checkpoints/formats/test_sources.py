@@ -28,7 +28,7 @@ from qwench.checkpoints.formats.sources import find_checkpoint, fingerprint, ope
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.hf import architecture_of
 from qwench.models.megatron_names import rules, to_megatron
-from qwench.models.parts import HostMemory, Part
+from qwench.models.tensor_parts import HostMemory, Part
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 CONFIG = Qwen3Config(

@@ -2,13 +2,13 @@ from dataclasses import fields
 
 import pytest
 
-from qwench.config.checks import check_eval, check_sft, check_train
 from qwench.config.command_line.flags import flag_table
-from qwench.config.command_line.pages import PAGES
 from qwench.config.command_line.parse import EVAL_DEFAULTS, SFT_DEFAULTS, Declared, parse_flags
+from qwench.config.command_line.verb_help import PAGES
 from qwench.config.config import Config
 from qwench.config.sections.convert import ConvertConfig
 from qwench.config.sections.verbs import RewardCheckConfig, ServeConfig
+from qwench.config.verb_checks import check_eval, check_sft, check_train
 from qwench.errors import ConfigError
 from qwench.estimators import estimator_names
 

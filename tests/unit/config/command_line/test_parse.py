@@ -93,7 +93,7 @@ def test_the_file_stands_in_front_of_the_flags():
 
 
 def test_configuration_imports_without_torch():
-    code = "import sys, qwench.config.command_line.parse, qwench.config.report; print(*sys.modules)"
+    code = "import sys, qwench.config.command_line.parse, qwench.config.config_text; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert "qwench.config.command_line.parse" in modules
     assert {"torch", "transformers"} & set(modules) == set()

@@ -16,7 +16,7 @@ from qwench.engines.embedded.scheduling import stopping
 from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.protocol import FinishReason, MemoryTag
 from qwench.errors import ConfigError, EngineError
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 from tests.contract.engine_hosts import (
     EOS,
     FAMILIES,

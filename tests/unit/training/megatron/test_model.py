@@ -20,8 +20,8 @@ from qwench.config.layout import ParallelLayout
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 from qwench.models.megatron_names import WeightRule, rules, to_megatron, tp_shard
-from qwench.models.parts import HostMemory
 from qwench.models.safetensors_files import find_tensors
+from qwench.models.tensor_parts import HostMemory
 from qwench.training.megatron import model
 from qwench.training.megatron.optimizer import _groups
 from qwench.training.megatron.tensor_place import TensorPlace

@@ -6,7 +6,7 @@ import pytest
 
 from qwench.engines.embedded.http.api import answer_text
 from qwench.engines.protocol import FinishReason, GenerateResult
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 
 TOKENIZER = build_small_tokenizer()
 

@@ -14,7 +14,7 @@ from qwench.engines.embedded.http.openai_requests import ChatBody, CompletionBod
 from qwench.engines.embedded.http.weight_routes import GroupBody
 from qwench.engines.protocol import GenerateRequest, SamplingParams, Scoring
 from qwench.errors import EngineError
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 
 TOKENIZER = build_small_tokenizer()
 COMMON = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwench.engines.embedded.http.growing_answer import GrowingText
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 
 TOKENIZER = build_small_tokenizer()
 

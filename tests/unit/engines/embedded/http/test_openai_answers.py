@@ -18,7 +18,7 @@ from qwench.engines.embedded.http.openai_requests import ChatBody, CompletionBod
 from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.protocol import FinishReason, GenerateRequest, SamplingParams
 from qwench.errors import EngineError
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 from tests.deadlines import patient
 
 TOKENIZER = build_small_tokenizer()

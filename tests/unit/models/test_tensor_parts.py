@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwench.models.parts import HostMemory, Part
+from qwench.models.tensor_parts import HostMemory, Part
 
 MATRIX = torch.arange(12).view(3, 4)
 

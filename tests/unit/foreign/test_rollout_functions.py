@@ -9,10 +9,10 @@ import pytest
 
 from qwench.engines.protocol import SamplingParams
 from qwench.errors import ConfigError, QwenchError
-from qwench.foreign.functions import Adapters
+from qwench.foreign.rollout_functions import Adapters
 from qwench.foreign.sample import RolloutFnEvalOutput, RolloutFnTrainOutput
 from qwench.foreign.session import Session, close_session, current_session, open_session, run, sampling_params
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.rollout.evaluate import EvalResult
 from qwench.rollout.filters import FilterResult
 from qwench.rollout.generate import GenerateContext

@@ -1,10 +1,10 @@
 """The other processes of a run: which of them is silent, and what each is doing when a deadline passes.
 
-    register(part) ... forget(part)             trainer ranks, engine servers, the router
-    silent_parts()                              {"trainer rank 1": 38.0}: in every report of a wait
-    stacks_written()                            stacks of the driver and of every part, in one file
+    register(process) ... forget(process)       trainer ranks, engine servers, the router
+    silent_processes()                          {"trainer rank 1": 38.0}: in every report of a wait
+    stacks_written()                            stacks of the driver and of every process, in one file
 
-A part that is stopped, or hangs without ending, is found by its silence: no pipe or socket breaks.
+A process that is stopped, or hangs without ending, is found by its silence: no pipe or socket breaks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STACKS_SIGNAL = signal.SIGUSR1
 _log = logging.getLogger(__name__)
 
 
-class Part(Protocol):
+class WatchedProcess(Protocol):
     """A process of the run besides the driver."""
 
     @property
@@ -49,8 +49,8 @@ class Part(Protocol):
         ...
 
 
-class AskedPart:
-    """A part that is asked for a sign of life, one question at a time, whenever its silence is asked for."""
+class AskedProcess:
+    """A process that is asked for a sign of life, one question at a time, whenever its silence is asked for."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class AskedPart:
         self._heard_at = clock()
 
     def silent_s(self) -> float:
-        """See `Part.silent_s`."""
+        """See `WatchedProcess.silent_s`."""
         if self._answer is None:  # nothing is known of the time before the first question
             self._heard_at, self._answer = self._clock(), self._ask()
         elif self._answer.done():
@@ -81,25 +81,25 @@ class AskedPart:
         return self._clock() - self._heard_at
 
     def stacks(self) -> str:
-        """See `Part.stacks`."""
+        """See `WatchedProcess.stacks`."""
         return self._stacks()
 
 
-_parts: list[Part] = []
+_processes: list[WatchedProcess] = []
 _folder: list[Path] = []
 """Where the stacks go; empty: no run has a folder."""
 _writing = threading.Lock()
 
 
-def register(part: Part) -> None:
-    """Watch a part until `forget`."""
-    _parts.append(part)
+def register(process: WatchedProcess) -> None:
+    """Watch a process until `forget`."""
+    _processes.append(process)
 
 
-def forget(part: Part) -> None:
-    """Watch a part no more."""
-    if part in _parts:
-        _parts.remove(part)
+def forget(process: WatchedProcess) -> None:
+    """Watch a process no more."""
+    if process in _processes:
+        _processes.remove(process)
 
 
 def keep_stacks_in(folder: Path) -> None:
@@ -107,14 +107,14 @@ def keep_stacks_in(folder: Path) -> None:
     _folder[:] = [folder]
 
 
-def silent_parts() -> dict[str, float]:
-    """Return how many seconds each part has been silent; parts that were heard lately are left out."""
-    silences = {part.label: part.silent_s() for part in list(_parts)}
+def silent_processes() -> dict[str, float]:
+    """Return how many seconds each process has been silent; processes that were heard lately are left out."""
+    silences = {process.label: process.silent_s() for process in list(_processes)}
     return {label: seconds for label, seconds in silences.items() if seconds >= SILENT_AFTER_S}
 
 
 def describe_silence(silences: dict[str, float]) -> str:
-    """Return such as `trainer rank 1 silent for 38 s`; empty if no part is."""
+    """Return such as `trainer rank 1 silent for 38 s`; empty if none is."""
     return ", ".join(f"{label} silent for {seconds:.0f} s" for label, seconds in silences.items())
 
 
@@ -126,8 +126,8 @@ def stacks_written() -> str:
             file.write(f"=== {datetime.now().astimezone().isoformat(timespec='seconds')} driver, process {os.getpid()}\n")
             file.flush()
             faulthandler.dump_traceback(file)
-            for part in list(_parts):
-                file.write(f"\n=== {part.label}\n{part.stacks()}\n")
+            for process in list(_processes):
+                file.write(f"\n=== {process.label}\n{process.stacks()}\n")
     except OSError as error:
         return f"The stacks could not be written to {path} ({error})."
     return f"The stacks of all processes are in {path}."

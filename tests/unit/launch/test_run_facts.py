@@ -19,17 +19,15 @@ from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.critic import CriticConfig
 from qwench.config.sections.debug import DebugConfig
-from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.lora import LoraConfig
-from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import EngineError
-from qwench.launch import report
+from qwench.launch import run_facts
 from qwench.launch.engines import _start_servers
 from qwench.launch.inputs import Inputs
-from qwench.launch.report import finish_report, start_report
+from qwench.launch.run_facts import finish_report, start_report
 from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import CharTokenizer
 from tests.unit.config.architectures import QWEN3_4B
@@ -160,81 +158,6 @@ def test_adapters_of_another_base_are_merged_into_that_base(tmp_path):
         assert end_of(CheckpointConfig(save=save, ref_load=base), lora_rank=rank)["next"] == said
 
 
-class Sink:
-    """A sink that remembers its arguments."""
-
-    def __init__(self, *given, **options):
-        self.made = (*given, options)
-
-    def close(self):
-        pass
-
-
-TRACKED = LoggingConfig(
-    use_wandb=True, wandb_project="p", wandb_group="g", wandb_team="t", wandb_mode="offline", wandb_dir=Path("w"),
-    wandb_run_id="i", wandb_host="h", wandb_key="k",
-    use_mlflow=True, mlflow_tracking_uri="u", mlflow_experiment_name="e", mlflow_run_id="m",
-    use_prometheus=True, prometheus_port=91, use_tensorboard=True, tensorboard_dir=Path("curves"), log_dir=Path("logs"),
-)  # fmt: skip
-
-
-def sinks_of(monkeypatch, *, rank=0, logging=TRACKED, **plan):
-    """Return the name and arguments of each sink of a run's metrics, after the report's own."""
-    for name in ("JsonlSink", "TensorBoardSink", "WandbSink", "MlflowSink", "PrometheusSink"):
-        monkeypatch.setattr(report, name, type(name, (Sink,), {}))
-    monkeypatch.setattr(report, "MetricLog", lambda sinks, **options: (sinks, options))
-    inputs = replace(inputs_of(Config(rollout=RolloutConfig(rollout_batch_size=8), logging=logging)), rank=rank)
-    sinks, options = report.metric_log(inputs, "report")
-    assert options == {"gate": None, "num_steps_per_rollout": inputs.plan.batch.num_steps_per_rollout}
-    assert sinks[:1] == (["report"] if rank == 0 else [])
-    return {type(sink).__name__: sink.made for sink in sinks[1:]}
-
-
-def test_every_tracker_is_opened_with_its_flags(monkeypatch):
-    wandb = {"project": "p", "group": "g", "team": "t", "mode": "offline", "folder": Path("w"), "run_id": "i", "host": "h"}
-    expected = {
-        "JsonlSink": (Path("logs/metrics.jsonl"), {"flag": "--log-dir"}),
-        "TensorBoardSink": (Path("curves"), {}),
-        "WandbSink": ({**wandb, "key": "k", "steps_per_rollout": 1},),
-        "MlflowSink": ({"uri": "u", "experiment": "e", "run_name": "g", "run_id": "m"},),
-        "PrometheusSink": ({"port": 91, "run_name": "g"},),
-    }
-    assert sinks_of(monkeypatch) == expected
-    assert sinks_of(monkeypatch, rank=1) == {}
-    assert sinks_of(monkeypatch, logging=LoggingConfig()) == {}
-    monkeypatch.setenv("WANDB_API_KEY", "of the environment")
-    names = replace(TRACKED, wandb_key=None, mlflow_run_name="own", prometheus_run_name="own")
-    named = sinks_of(monkeypatch, logging=names)
-    assert named["WandbSink"][0]["key"] == "of the environment"
-    assert (named["MlflowSink"][0]["run_name"], named["PrometheusSink"][0]["run_name"]) == ("own", "own")
-    without = replace(TRACKED, wandb_group=None)
-    assert sinks_of(monkeypatch, logging=without)["PrometheusSink"][0]["run_name"] == "qwench"
-
-
-def test_the_metric_of_a_check_is_watched_on_the_main_rank():
-    evaluation = EvalConfig(ci_metric_checker_key="eval/x", ci_metric_checker_threshold=0.5)
-    inputs = inputs_of(Config(rollout=RolloutConfig(rollout_batch_size=8), evaluation=evaluation))
-    gate = report._metric_gate(inputs)
-    assert (gate._key, gate._threshold) == ("eval/x", 0.5)
-    assert report._metric_gate(replace(inputs, rank=1)) is None
-    assert report._metric_gate(inputs_of(Config(rollout=RolloutConfig(rollout_batch_size=8)))) is None
-
-
-def test_each_rollout_is_recorded_where_the_flags_say():
-    flags = {"save_debug_rollout_data": "{rollout_id}.jsonl", "save_debug_trajectory_data": "{rollout_id}.json"}
-    config = Config(
-        rollout=RolloutConfig(rollout_batch_size=8), debug=DebugConfig(**flags), logging=LoggingConfig(log_dir=Path("logs")),
-        reward=RewardConfig(rm_type="math", second_grader="math-verify"),
-    )  # fmt: skip
-    found = [(record.func.__name__, record.args, record.keywords) for record in report.recorders(inputs_of(config), "run")]
-    assert found == [
-        ("save_trajectories", ("{rollout_id}.json",), {}),
-        ("save_rollout", ("{rollout_id}.jsonl",), {"run": "run"}),
-        ("list_disagreements", (Path("logs") / report.DISAGREEMENTS,), {}),
-    ]
-    assert list(report.recorders(inputs_of(Config(rollout=RolloutConfig(rollout_batch_size=8))), "run")) == []
-
-
 def test_length_and_devices_are_said_in_the_numbers_of_the_run():
     rollout = RolloutConfig(rollout_batch_size=8, n_samples_per_prompt=4, num_rollout=3)
     made = facts_of(Config(rollout=rollout, training=TrainingConfig(global_batch_size=16)))
@@ -242,11 +165,11 @@ def test_length_and_devices_are_said_in_the_numbers_of_the_run():
     assert facts_of(Config(rollout=replace(rollout, num_rollout=1)))["length"] == "1 rollout of 8 prompts x 4 responses"
     inputs = inputs_of(Config(rollout=rollout))
     epochs = replace(inputs.plan.schedule, rollouts_per_epoch=2)
-    assert report._length(replace(inputs, plan=replace(inputs.plan, schedule=epochs))).endswith(" (1.5 epochs)")
+    assert run_facts._length(replace(inputs, plan=replace(inputs.plan, schedule=epochs))).endswith(" (1.5 epochs)")
     one = replace(inputs.plan.schedule, rollouts_per_epoch=3)
-    assert report._length(replace(inputs, plan=replace(inputs.plan, schedule=one))).endswith(" (1 epoch)")
+    assert run_facts._length(replace(inputs, plan=replace(inputs.plan, schedule=one))).endswith(" (1 epoch)")
     only = replace(inputs.plan, devices=replace(inputs.plan.devices, trains=False))
-    assert report._length(replace(inputs, plan=only)) == "3 rollouts of 8 prompts x 4 responses"
+    assert run_facts._length(replace(inputs, plan=only)) == "3 rollouts of 8 prompts x 4 responses"
     two = inputs_of(
         Config(
             rollout=rollout,
@@ -254,11 +177,11 @@ def test_length_and_devices_are_said_in_the_numbers_of_the_run():
         )
     )
     threads = f"CPU with {torch.get_num_threads()} of {os.cpu_count()} threads: "
-    assert report._devices(two) == threads + "2 trainer ranks (fsdp) and 3 embedded engines of 2 GPUs"
+    assert run_facts._devices(two) == threads + "2 trainer ranks (fsdp) and 3 embedded engines of 2 GPUs"
     on_cpu = replace(two.plan.devices, on_gpus=False, trains=False)
     alone = replace(two, plan=replace(two.plan, devices=on_cpu))
-    assert report._devices(alone) == threads + "3 embedded engines of 2 processes"
+    assert run_facts._devices(alone) == threads + "3 embedded engines of 2 processes"
     critic = replace(two.plan.devices, critic=(2, 1), generates=False)
-    assert report._devices(replace(two, plan=replace(two.plan, devices=critic))) == (
+    assert run_facts._devices(replace(two, plan=replace(two.plan, devices=critic))) == (
         threads + "2 trainer ranks (fsdp), and 3 critic ranks beside them"
     )

@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwench.errors import ConfigError
-from qwench.models.made.qwen3 import ModelSize, find_size, make_checkpoint, random_weights
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
+from qwench.models.random_qwen3 import ModelSize, find_size, make_checkpoint, random_weights
 
 TOKENIZER = build_small_tokenizer()
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, Qwen3Config
 
 from qwench.errors import ConfigError
-from qwench.models.made.tokenizers import build_qwen_tokenizer, build_small_tokenizer, find_qwen_tiktoken, read_tiktoken
+from qwench.models.built_tokenizers import build_qwen_tokenizer, build_small_tokenizer, find_qwen_tiktoken, read_tiktoken
 
 SMALL = build_small_tokenizer()
 

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config,
 
 from qwench.errors import ConfigError
 from qwench.files import TEMPORARY_SUFFIX, check_can_hold, is_occupied, rename_durably
-from qwench.models.made.tokenizers import END_OF_TEXT, END_OF_TURN
+from qwench.models.built_tokenizers import END_OF_TEXT, END_OF_TURN
 from qwench.models.shards import write_shards
 
 _VOCAB_MULTIPLE = 64

@@ -1,4 +1,4 @@
-"""What a run reports: to a person before its first step, on the way and after its last, and to the sinks of its metrics."""
+"""What a run tells a person: what it is about to do, and after its last step what it has left and what to type next."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import logging
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,14 +16,8 @@ from qwench.checkpoints.formats.iterations import Iterations
 from qwench.checkpoints.formats.sources import find_format
 from qwench.config.plan_lines import adapter_line
 from qwench.launch.inputs import Inputs
-from qwench.launch.outputs import tensorboard_folder
-from qwench.observability.dumps import save_rollout, save_trajectories
-from qwench.observability.metrics import MetricGate, MetricLog, Sink
-from qwench.observability.prometheus import PrometheusSink
 from qwench.observability.run_report import NEXT, RunReport
-from qwench.observability.tracking import METRICS, JsonlSink, MlflowSink, TensorBoardSink, WandbSink
-from qwench.rewards.second_grader import DISAGREEMENTS, describe_shortest, list_disagreements, read_disagreements
-from qwench.samples import Rollout
+from qwench.rewards.second_grader import DISAGREEMENTS, describe_shortest, read_disagreements
 
 _logger = logging.getLogger(__name__)
 
@@ -65,63 +57,6 @@ def finish_report(report: RunReport, inputs: Inputs) -> None:
     if ends is not None and report.is_unfinished and inputs.config.checkpoint.save is not None:
         found["left"] = f"--debug-exit-after-rollout {ends} ends this start; the same command goes on"
     report.finish(found | _end_facts(inputs))
-
-
-def recorders(inputs: Inputs, run_name: str) -> Iterator[Callable[[Rollout], object]]:
-    """Yield what records each rollout: its dump, its messages, and the answers that two graders judge differently."""
-    template, log_dir = inputs.config.debug.save_debug_rollout_data, inputs.plan.log_dir
-    if (trajectories := inputs.config.debug.save_debug_trajectory_data) is not None:
-        yield partial(save_trajectories, trajectories)
-    if template is not None:
-        yield partial(save_rollout, template, run=run_name)
-    if inputs.config.reward.second_grader is not None and log_dir is not None:
-        yield partial(list_disagreements, log_dir / DISAGREEMENTS)
-
-
-def metric_log(inputs: Inputs, report: RunReport) -> MetricLog:
-    """Return the log of the main rank with every sink the flags ask for; other ranks log nothing."""
-    flags, sinks = inputs.config.logging, list[Sink]()
-    if inputs.is_main:
-        sinks.append(report)
-        if inputs.plan.log_dir is not None:
-            sinks.append(JsonlSink(inputs.plan.log_dir / METRICS, flag="--log-dir" if flags.log_dir else "--save"))
-        if (folder := tensorboard_folder(flags, inputs.plan.log_dir)) is not None:
-            sinks.append(TensorBoardSink(folder))
-        if flags.use_wandb:
-            sinks.append(
-                WandbSink(
-                    project=flags.wandb_project,
-                    group=flags.wandb_group,
-                    team=flags.wandb_team,
-                    mode=flags.wandb_mode,
-                    folder=flags.wandb_dir,
-                    run_id=flags.wandb_run_id,
-                    host=flags.wandb_host,
-                    key=flags.wandb_key or os.environ.get("WANDB_API_KEY"),
-                    steps_per_rollout=inputs.plan.batch.num_steps_per_rollout if flags.wandb_always_use_train_step else 1,
-                )
-            )
-        if flags.use_mlflow:
-            sinks.append(
-                MlflowSink(
-                    uri=flags.mlflow_tracking_uri,
-                    experiment=flags.mlflow_experiment_name,
-                    run_name=flags.mlflow_run_name or flags.wandb_group,
-                    run_id=flags.mlflow_run_id,
-                )
-            )
-        if flags.use_prometheus:
-            name = flags.prometheus_run_name or flags.wandb_group or "qwench"
-            sinks.append(PrometheusSink(port=flags.prometheus_port, run_name=name))
-    return MetricLog(sinks, gate=_metric_gate(inputs), num_steps_per_rollout=inputs.plan.batch.num_steps_per_rollout)
-
-
-def _metric_gate(inputs: Inputs) -> MetricGate | None:
-    """Return the value that the run must reach; ranks without metrics need not."""
-    key, threshold = inputs.config.evaluation.ci_metric_checker_key, inputs.config.evaluation.ci_metric_checker_threshold
-    if key is None or threshold is None or not inputs.is_main:
-        return None
-    return MetricGate(key, threshold)
 
 
 def _start_facts(inputs: Inputs, rows: str) -> dict[str, str]:

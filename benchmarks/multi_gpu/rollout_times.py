@@ -1,4 +1,4 @@
-"""Print what each rollout of a run took, from its metrics.jsonl: `python benchmarks/multi_gpu/report.py FILE`."""
+"""Print what each rollout of a run took, from its metrics.jsonl: `python benchmarks/multi_gpu/rollout_times.py FILE`."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@ import yaml
 
 from qwench.config.command_line.parse import parse_run
 from qwench.config.config import Config
-from qwench.config.report import Setting, as_typed, as_yaml, flag_values, settings_by_section
+from qwench.config.config_text import Setting, as_typed, as_yaml, flag_values, settings_by_section
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.engine import EngineConfig

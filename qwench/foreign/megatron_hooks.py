@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from qwench.config.sections.references import ReferencesConfig
+from qwench.config.sections.foreign import ForeignConfig
 from qwench.foreign.loading import load
 from qwench.foreign.sample import Foreign
 from qwench.plugins import Function, check_signature, guarded
@@ -30,7 +30,7 @@ _CALLED_AS = {
     "custom_megatron_post_save_hook_path": "fn(args, rollout_id, checkpoint_dir, hf_checkpoint_dir)",
     "custom_update_weight_post_write_path": "fn(args, version_dir, rollout_engines)",
 }
-"""Field of the section references -> how its function is called."""
+"""Field of the section foreign -> how its function is called."""
 
 
 @runtime_checkable
@@ -43,7 +43,7 @@ class MegatronParts(Protocol):
         ...
 
 
-def load_hooks(section: ReferencesConfig) -> dict[str, Function]:
+def load_hooks(section: ForeignConfig) -> dict[str, Function]:
     """Load the functions that the flags name, by the field that names them.
 
     Raises:
@@ -59,7 +59,7 @@ def load_hooks(section: ReferencesConfig) -> dict[str, Function]:
     return loaded
 
 
-def start_hooks(section: ReferencesConfig, trainer: Trainer, args: Callable[[], Namespace]) -> Hooks:
+def start_hooks(section: ForeignConfig, trainer: Trainer, args: Callable[[], Namespace]) -> Hooks:
     """Call the function for the start of a rank, and return what is called later on it."""
     loaded = load_hooks(section)
     if not section.megatron_hooks:
@@ -75,7 +75,7 @@ def start_hooks(section: ReferencesConfig, trainer: Trainer, args: Callable[[], 
     return Hooks(**hooks)
 
 
-def after_save(section: ReferencesConfig, args: Callable[[], Namespace]) -> Callable[[int, Path, Path | None], object] | None:
+def after_save(section: ForeignConfig, args: Callable[[], Namespace]) -> Callable[[int, Path, Path | None], object] | None:
     """Return what is called with the rollout, the folder of its checkpoint and that of its export. None: nothing."""
     function = load_hooks(section).get("custom_megatron_post_save_hook_path")
     if function is None:
@@ -91,7 +91,7 @@ def after_save(section: ReferencesConfig, args: Callable[[], Namespace]) -> Call
 class AfterWrite:
     """Calls the user's function on the rank that wrote the files of a publication; picklable."""
 
-    section: ReferencesConfig
+    section: ForeignConfig
     args: Namespace
 
     def __call__(self, folder: Path, addresses: Sequence[str]) -> None:

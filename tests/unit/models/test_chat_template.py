@@ -1,6 +1,6 @@
 import pytest
 
-from qwench.models.made.tokenizers import build_small_tokenizer
+from qwench.models.built_tokenizers import build_small_tokenizer
 
 TOKENIZER = build_small_tokenizer()
 USER = {"role": "user", "content": "q"}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qwench.config.sections.references import ReferencesConfig
-from qwench.foreign.hooks import AfterWrite, after_save, start_hooks
+from qwench.config.sections.foreign import ForeignConfig
+from qwench.foreign.megatron_hooks import AfterWrite, after_save, start_hooks
 from qwench.training.hooks import NO_HOOKS
 
 ARGS = Namespace(lr=1e-6)
@@ -50,8 +50,8 @@ def _no_calls() -> Iterator[None]:
     CALLS.clear()
 
 
-def section(**names: str) -> ReferencesConfig:
-    return ReferencesConfig(**{field: f"{__name__}.{name}" for field, name in names.items()})
+def section(**names: str) -> ForeignConfig:
+    return ForeignConfig(**{field: f"{__name__}.{name}" for field, name in names.items()})
 
 
 def test_each_hook_of_a_rank_is_called_with_the_parts_of_its_trainer():

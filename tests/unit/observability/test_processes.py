@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from qwench.observability import parts
-from qwench.observability.parts import (
+from qwench.observability import processes
+from qwench.observability.processes import (
     STACKS_SIGNAL,
-    AskedPart,
+    AskedProcess,
     ask_for_stacks,
     describe_silence,
     dump_stacks_on_signal,
-    silent_parts,
+    silent_processes,
     stacks_written,
 )
 from tests.deadlines import patient
@@ -34,7 +34,7 @@ class Asked:
     def __init__(self, label: str = "engine server 0") -> None:
         self.clock = Clock()
         self.questions: list[Future[object]] = []
-        self.part = AskedPart(label, self.ask, lambda: "its stacks", clock=self.clock)
+        self.part = AskedProcess(label, self.ask, lambda: "its stacks", clock=self.clock)
 
     def ask(self) -> Future[object]:
         self.questions.append(Future())
@@ -68,28 +68,28 @@ def test_an_error_is_no_sign_of_life():
 def test_only_long_silences_of_registered_parts_are_told():
     quiet, talking = Asked(), Asked("engine server 1")
     for asked in (quiet, talking):
-        parts.register(asked.part)
+        processes.register(asked.part)
         asked.part.silent_s()
         asked.clock.now += 21
     talking.questions[0].set_result(True)
     try:
-        assert silent_parts() == {"engine server 0": 21.0}
-        assert describe_silence(silent_parts()) == "engine server 0 silent for 21 s"
+        assert silent_processes() == {"engine server 0": 21.0}
+        assert describe_silence(silent_processes()) == "engine server 0 silent for 21 s"
     finally:
-        parts.forget(quiet.part)
-        parts.forget(talking.part)
-    assert silent_parts() == {}
+        processes.forget(quiet.part)
+        processes.forget(talking.part)
+    assert silent_processes() == {}
 
 
 def test_stacks_of_driver_and_parts_go_to_one_file_that_the_sentence_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(parts, "_folder", [])
-    parts.keep_stacks_in(tmp_path)
+    monkeypatch.setattr(processes, "_folder", [])
+    processes.keep_stacks_in(tmp_path)
     asked = Asked()
-    parts.register(asked.part)
+    processes.register(asked.part)
     try:
         sentence = stacks_written()
     finally:
-        parts.forget(asked.part)
+        processes.forget(asked.part)
     written = (tmp_path / "stacks.txt").read_text()
     assert sentence == f"The stacks of all processes are in {tmp_path / 'stacks.txt'}."
     assert f"driver, process {os.getpid()}" in written
@@ -98,7 +98,7 @@ def test_stacks_of_driver_and_parts_go_to_one_file_that_the_sentence_names(tmp_p
 
 
 def test_a_process_that_does_not_answer_the_signal_is_said_to_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(parts, "STACKS_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(processes, "STACKS_TIMEOUT_S", 0.3)
     path = tmp_path / "rank.stacks"
     path.write_text("earlier\n")
     assert "stopped" in ask_for_stacks(lambda: None, path)
@@ -106,19 +106,19 @@ def test_a_process_that_does_not_answer_the_signal_is_said_to_be_stopped(tmp_pat
     def answer() -> None:
         threading.Timer(0.05, lambda: path.open("a").write("File x, line 1")).start()
 
-    monkeypatch.setattr(parts, "STACKS_TIMEOUT_S", patient(5))
+    monkeypatch.setattr(processes, "STACKS_TIMEOUT_S", patient(5))
     assert ask_for_stacks(answer, path) == "File x, line 1"
 
 
 def test_stacks_that_are_written_piece_by_piece_are_read_to_their_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(parts, "STACKS_TIMEOUT_S", patient(5))
+    monkeypatch.setattr(processes, "STACKS_TIMEOUT_S", patient(5))
     path, pieces = tmp_path / "rank.stacks", iter(["line 2, ", "line 3"])
 
     def write(piece: str) -> None:
         with path.open("a") as file:
             file.write(piece)
 
-    monkeypatch.setattr(parts.time, "sleep", lambda seconds: write(next(pieces, "")))
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: write(next(pieces, "")))
     assert ask_for_stacks(lambda: write("line 1, "), path) == "line 1, line 2, line 3"
 
 

@@ -10,7 +10,7 @@ from qwench.config.limits import check_import_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReferencesConfig:
+class ForeignConfig:
     """Functions written for slime or miles, and flags that mean something only there."""
 
     plugin_api: Literal["auto", "qwench", "slime", "miles"] = "auto"

@@ -1,1 +1,0 @@
-"""Models with random weights, and tokenizers built without a download."""
