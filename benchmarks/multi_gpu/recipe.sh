@@ -20,6 +20,9 @@ LOGS=$OUTPUT_DIR/${SCRIPT%.sh}
 if [[ " $* " != *" --ref-load"[\ =]* ]] && grep -q _torch_dist "$HERE/../../scripts/$SCRIPT" && [ ! -d "${MODEL}_torch_dist" ]; then
    qwench convert --input "$MODEL" --to torch_dist --output "${MODEL}_torch_dist"
 fi
+if [[ $SCRIPT == low_precision/* ]] && [ ! -d "$MODEL-FP8" ]; then
+   qwench convert --input "$MODEL" --to fp8 --output "$MODEL-FP8"
+fi
 
 bash "$HERE/../../scripts/$SCRIPT" --prompt-data "$PROMPTS" --eval-prompt-data none "$PROMPTS" --skip-eval-before-train \
    --num-rollout 3 --rollout-max-response-len 1024 --rollout-ignore-eos --rm-type random --no-save-optim \
