@@ -131,6 +131,9 @@ def _check_columns(config: Config) -> None:
 
 
 def _show(config: Config, plan: RunPlan) -> None:
+    from qwench.launch.inputs import samples_in_fp8  # as in `prepare`
+
+    fp8 = samples_in_fp8(config)
     console = StandardOutput(soft_wrap=True)
     console.print("settings that differ from their defaults (--help-all lists the others)")
     for section, settings in settings_by_section(config).items():
@@ -144,5 +147,5 @@ def _show(config: Config, plan: RunPlan) -> None:
         console.print(Text(f"  {line}"))
     dtype = train_dtype(config, on_gpus=plan.devices.on_gpus)
     element_bytes = {"bfloat16": BFLOAT16_BYTES, "float32": FLOAT32_BYTES}[dtype]
-    if plan.devices.generates and (weights := engine_weight_bytes(plan, element_bytes=element_bytes)):
-        console.print(Text(f"  engine weights: {gib(weights)} GiB in {dtype} on each device"))
+    if plan.devices.generates and (weights := engine_weight_bytes(plan, element_bytes=element_bytes, fp8=fp8)):
+        console.print(Text(f"  engine weights: {gib(weights)} GiB in {'FP8' if fp8 else dtype} on each device"))

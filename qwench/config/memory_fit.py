@@ -5,17 +5,24 @@ from __future__ import annotations
 from qwench.config.config import Config
 from qwench.config.plan import BFLOAT16_BYTES, RunPlan
 from qwench.errors import ConfigError
-from qwench.models.memory import gib, num_parameters
+from qwench.models.memory import fp8_bytes, gib, num_parameters
 
 _SGLANG_FRACTION = 0.9
 """SGLang chooses its own share where --sglang-mem-fraction-static is not given; it is never more."""
 
 
-def engine_weight_bytes(plan: RunPlan, *, element_bytes: int = BFLOAT16_BYTES) -> int:
-    """Return the bytes of weights on each device of the smallest engine; 0 where the run starts none."""
+def engine_weight_bytes(plan: RunPlan, *, element_bytes: int = BFLOAT16_BYTES, fp8: bool = False) -> int:
+    """Return the bytes of weights on each device of the smallest engine; 0 where the run starts none.
+
+    Args:
+        element_bytes: of a weight that is not FP8.
+        fp8: the checkpoint's weights are FP8.
+    """
     if not plan.devices.engine_sizes:
         return 0
-    return num_parameters(plan.model) * element_bytes // min(plan.devices.engine_sizes)
+    model = plan.model
+    whole = fp8_bytes(model, element_bytes=element_bytes) if fp8 else num_parameters(model) * element_bytes
+    return whole // min(plan.devices.engine_sizes)
 
 
 def weight_bytes_beside_trainer(config: Config, plan: RunPlan) -> int:
@@ -36,17 +43,17 @@ def weight_bytes_beside_trainer(config: Config, plan: RunPlan) -> int:
     return engine_weight_bytes(plan)
 
 
-def check_fit(config: Config, plan: RunPlan, *, device_bytes: int, element_bytes: int = BFLOAT16_BYTES) -> None:
+def check_fit(config: Config, plan: RunPlan, *, device_bytes: int, fp8: bool = False) -> None:
     """Refuse what cannot fit.
 
     Args:
         device_bytes: memory of one GPU.
-        element_bytes: of a weight in the engines: 1 for FP8.
+        fp8: the checkpoint's weights are FP8.
 
     Raises:
         ConfigError: the engines' weights, or the trainer's state, are more than a GPU has.
     """
-    weights, (flag, fraction) = engine_weight_bytes(plan, element_bytes=element_bytes), _share(config)
+    weights, (flag, fraction) = engine_weight_bytes(plan, fp8=fp8), _share(config)
     if weights > fraction * device_bytes:
         size = min(plan.devices.engine_sizes)
         raise ConfigError(

@@ -93,8 +93,13 @@ def plan_inputs(config: Config, *, trains: bool) -> RunPlan:
     config.training.check_trained(model.parameter_shapes())
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        check_fit(config, plan, device_bytes=total, element_bytes=1 if fp8 else 2)
+        check_fit(config, plan, device_bytes=total, fp8=fp8)
     return plan
+
+
+def samples_in_fp8(config: Config) -> bool:
+    """Tell whether the weights of the run's engines are FP8, as its checkpoint is."""
+    return is_fp8_checkpoint(_model_folder(config))
 
 
 def plans_what_only_gpus_run(config: Config, *, trains: bool) -> bool:

@@ -23,6 +23,8 @@ from math import prod
 from qwench.models.architecture import Architecture
 
 FLOAT32_BYTES = 4
+_FP8_BLOCK = 128
+"""`models.fp8.BLOCK`, which imports torch."""
 ROW_PARALLEL = ("o_proj", "down_proj")
 """Projections whose columns tensor parallelism splits; of the others it splits the rows."""
 FORWARD = 1
@@ -100,6 +102,15 @@ class RankBytes:
 def num_parameters(model: Architecture) -> int:
     """Count the parameters; tied embeddings count once."""
     return _count(model.parameter_shapes().values())
+
+
+def fp8_bytes(model: Architecture, *, element_bytes: int) -> int:
+    """Return the bytes of a model whose layers' matrices are FP8, one scale for each block (`models.fp8`)."""
+    blocks = model.num_layers * sum(
+        -(-shape[0] // _FP8_BLOCK) * -(-shape[1] // _FP8_BLOCK) for shape in model.layer_shapes().values() if len(shape) == 2
+    )
+    matrices = model.num_layers * sum(prod(shape) for shape in model.layer_shapes().values() if len(shape) == 2)
+    return matrices + FLOAT32_BYTES * blocks + element_bytes * (num_parameters(model) - matrices)
 
 
 def num_adapter_parameters(

@@ -146,6 +146,13 @@ def test_a_dry_run_shows_configuration_and_identity_and_starts_nothing(capsys, r
     assert shown.err == "qwench: warning: --sequence-parallel has no effect without tensor parallelism\n"
 
 
+def test_a_dry_run_counts_fp8_weights_of_engines(capsys, recipe, model, tmp_path):
+    recipe[recipe.index(str(model))] = fp8 = str(tmp_path / "fp8")
+    assert run("convert", "--input", str(model), "--to", "fp8", "--output", fp8) == 0
+    assert run("train", *recipe, "--dry-run", "--rm-type", "math") == 0
+    assert re.search(r"\n  engine weights: [\d.]+ GiB in FP8 on each device\n", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [

@@ -31,6 +31,13 @@ def test_weights_are_divided_among_the_gpus_of_an_engine():
     assert engine_weight_bytes(plan_run(read("--loss-type", "sft_loss"), QWEN3_4B)) == 0
 
 
+def test_fp8_weights_are_matrices_of_layers_and_their_scales_beside_bfloat16():
+    config = read("--rollout-engine", "embedded")
+    matrices = 36 * (2 * 4096 * 2560 + 2 * 1024 * 2560 + 3 * 9728 * 2560)
+    expected = matrices + 4 * matrices // 128**2 + 2 * (WEIGHTS_4B - matrices)
+    assert engine_weight_bytes(plan_run(config, QWEN3_4B), fp8=True) == expected
+
+
 @pytest.mark.parametrize(
     ("words", "copies"),
     [
@@ -63,7 +70,7 @@ def test_an_engine_that_does_not_fit_is_refused_with_what_to_do():
         "raise --rollout-num-gpus-per-engine"
     )
     check_fit(small, plan, device_bytes=16 * GIB)
-    check_fit(small, plan, device_bytes=14 * GIB, element_bytes=1)
+    check_fit(small, plan, device_bytes=14 * GIB, fp8=True)
     embedded = read("--rollout-engine", "embedded")
     with pytest.raises(ConfigError, match=r"--embedded-mem-fraction 0\.8 of 8 GiB; raise --rollout-num-gpus-per-engine"):
         check_fit(embedded, plan_run(embedded, QWEN3_4B), device_bytes=8 * GIB)
