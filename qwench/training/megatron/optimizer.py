@@ -152,7 +152,7 @@ class MasterOptimizer:
         self._model.zero_grad_buffer()
         self.sharded.zero_grad()
 
-    def reset(self, num_steps: int = 0) -> None:
+    def reset(self, num_steps: int) -> None:
         """Start over as after `num_steps` steps: masters equal the weights, moments are zero until a checkpoint is read."""
         self.num_steps = num_steps
         for optimizer in self._optimizers:

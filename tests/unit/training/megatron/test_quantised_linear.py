@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qwench.config.sections.lora import LoraConfig
 from qwench.models.megatron_names import rules
+from qwench.training.megatron import quantised_linear
 from qwench.training.megatron.quantised_linear import QuantisedLinear, join
 from qwench.training.megatron.tensor_place import TensorPlace
 from tests.unit.config.architectures import QWEN3_4B
@@ -51,3 +52,34 @@ def test_outputs_lie_as_the_layer_has_them() -> None:
     assert join([q, k, v], kind="qkv", groups=2).tolist() == [[1, 2, 5, 7, 3, 4, 6, 8]]
     assert join([k, v], kind="gate_up", groups=2).tolist() == [[5, 6, 7, 8]]
     assert join([k], kind="plain", groups=2) is k
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("name", ["linear_qkv.weight", "linear_proj.weight"])
+def test_an_output_is_the_product_over_the_ranks(name: str, split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gathered(x: Tensor, *, tensor_parallel_output_grad: bool) -> Tensor:
+        assert tensor_parallel_output_grad is True
+        return torch.cat([x, 3 * x])
+
+    over = {
+        "copy_to_tensor_model_parallel_region": lambda x: 2 * x,
+        "gather_from_sequence_parallel_region": gathered,
+        "reduce_from_tensor_model_parallel_region": lambda x: 5 * x,
+        "reduce_scatter_to_sequence_parallel_region": lambda x: 7 * x[:2],
+    }
+    for region, function in over.items():
+        monkeypatch.setattr(quantised_linear, region, function)
+    linear, weight = layer_of(name, targets="down_proj")
+    linear.sequence_parallel = split
+    x = torch.randn(4, 1, weight.shape[1], generator=torch.Generator().manual_seed(1))
+    if name == "linear_proj.weight":
+        y, bias = linear(x)
+        expected = 7 * (x @ weight.T)[:2] if split else 5 * (x @ weight.T)
+    else:
+        expected = (torch.cat([x, 3 * x]) if split else 2 * x) @ weight.T
+        torch.testing.assert_close(linear(x)[0], expected)
+        linear.bias = torch.arange(16.0)
+        y, bias = linear(x)
+        expected = expected + linear.bias
+    torch.testing.assert_close(y, expected)
+    assert bias is None

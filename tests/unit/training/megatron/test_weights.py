@@ -11,9 +11,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from qwench.config.sections.lora import LoraConfig
 from qwench.errors import ConfigError
-from qwench.models.megatron_names import rules, to_megatron, tp_shard
+from qwench.models.megatron_names import WeightRule, rules, to_megatron, tp_shard
 from qwench.training.megatron import adapter_checkpoint, checkpoint, pipeline
+from qwench.training.megatron.lora import adapter_rules
 from qwench.training.megatron.tensor_place import TensorPlace
 from qwench.training.megatron.weights import WholeWeights
 from tests.unit.config.architectures import QWEN3_4B
@@ -150,3 +152,81 @@ def test_the_last_stage_tells_the_others_values_and_names(stages: int, monkeypat
     assert pipeline.broadcast_from_last_stage(values) is values
     assert pipeline.broadcast_names_from_last_stage(("own",)) == (["own"] if stages == 1 else ["loss"])
     assert sent == ([] if stages == 1 else [(values, 6, "pp"), (6, "pp")])
+
+
+ADAPTED = LoraConfig(lora_rank=2, target_modules="down_proj")
+PROJECTION = "model.layers.0.mlp.down_proj"
+
+
+class OneRank:
+    """Adapters and optimizer of a rank that holds the last columns of A, and the end of B in its own shard."""
+
+    def __init__(self) -> None:
+        self.section, self.place = ADAPTED, TensorPlace(model=MODEL, tp_rank=1, tp_size=2)
+        self.rules = list(adapter_rules(replace(MODEL, num_layers=1), ADAPTED))
+        self.weights = list(zip(self.rules, (nn.Parameter(torch.zeros(2, 5)), nn.Parameter(torch.zeros(6, 2))), strict=True))
+        self.starts: list[object] = ["start"]
+        self.num_steps, self.said = 0, list[object]()
+        self.shards = [
+            SimpleNamespace(
+                weight=weight, start=start, stop=weight.numel(),
+                state={name: torch.zeros(weight.numel() - start) for name in ("master_param", "exp_avg", "exp_avg_sq")},
+            )
+            for (_, weight), start in zip(self.weights, (0, 4), strict=True)
+        ]  # fmt: skip
+
+    def owned_shards(self) -> list[SimpleNamespace]:
+        return self.shards
+
+    def reset(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self.said.append(("reset", num_steps))
+
+    def fill(self, stored: object) -> None:
+        self.said.append(("fill", stored))
+
+    def share(self, rule: WeightRule, stored: object) -> Tensor:
+        return torch.arange(10.0).view(2, 5) if rule is self.rules[0] else torch.arange(12.0).view(6, 2)
+
+    def config(self) -> str:
+        return "config"
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_masters_of_adapters_are_this_rank_s_ranges_of_a_folder(weights_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank, read = OneRank(), list[object]()
+    monkeypatch.setattr(adapter_checkpoint.AdapterFolder, "of_run", lambda *given: given)
+    monkeypatch.setattr(adapter_checkpoint, "load_num_steps", lambda folder: 7)
+    monkeypatch.setattr(adapter_checkpoint, "load_moments", lambda *given: read.append(given))
+    adapter_checkpoint.load("folder", rank, rank, weights_only=weights_only)
+    assert rank.said == [("fill", ("folder", ADAPTED, MODEL)), ("reset", 0 if weights_only else 7)]
+    masters = [shard.state["master_param"].tolist() for shard in rank.shards]
+    assert masters == [[*range(10)], [*range(4, 12)]]
+    if weights_only:
+        assert read == []
+        return
+    [(folder, moments)] = read
+    names = [f"{PROJECTION}.lora_{side}.weight.{moment}" for side in "AB" for moment in ("exp_avg", "exp_avg_sq")]
+    assert folder == "folder" and [*moments] == names
+    assert [tuple(one.shape) for one in moments.values()] == [(2, 10)] * 2 + [(6, 2)] * 2
+    monkeypatch.setattr(adapter_checkpoint, "save_moments", lambda *given: read.append(given))
+    adapter_checkpoint.save_state("other", rank, rank)
+    folder, saved, steps = read[-1]
+    assert (folder, [*saved], steps) == ("other", names, 7)
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_one_rank_writes_the_adapters_of_all_stages(is_main: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank, said = OneRank(), list[object]()
+    whole = {f"{PROJECTION}.lora_A.weight": torch.ones(2, 10).bfloat16(), f"{PROJECTION}.start_A.weight": torch.zeros(2, 10)}
+    monkeypatch.setattr(
+        adapter_checkpoint, "WholeWeights", lambda *given: said.append(given) or SimpleNamespace(gather=lambda: whole.items())
+    )
+    monkeypatch.setattr(adapter_checkpoint, "write_adapter", lambda *given: said.append(given))
+    adapter_checkpoint.save_adapters("folder", ["matrix"], rank, is_main=is_main)
+    assert said[0] == (["matrix", "start"], rank.rules, MODEL) and len(said) == 1 + is_main
+    if is_main:
+        folder, config, matrices = said[1]
+        assert (folder, config, [*matrices]) == ("folder", "config", [f"{PROJECTION}.lora_A.weight"])
+        [matrix] = matrices.values()
+        assert matrix.dtype == torch.float32 and matrix.tolist() == [[1.0] * 10] * 2 + [[0.0] * 10] * 2
