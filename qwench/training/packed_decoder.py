@@ -84,8 +84,8 @@ class _Kept:
     summed_1: Tensor
     normed_1: Tensor | None = None
     qkv: Tensor | None = None
-    q: Tensor | None = None
-    k: Tensor | None = None
+    rotated: tuple[Tensor, Tensor] | None = None
+    """Queries and keys."""
     attended: Tensor | None = None
     attention_state: Any = None
     summed_2: Tensor | None = None
@@ -177,7 +177,7 @@ class PackedDecoder:
         summed_1, normed_1 = self._forwards.add_rms_norm(x, delta, weights.attention_norm, self._eps)
         adapters = weights.adapters
         qkv = self._multiply(normed_1, weights.qkv, adapters.qkv)
-        q, k = self._rotated(qkv, weights, None, sequences)
+        q, k = self._rotated(qkv, weights, sequences)
         attended, state = sequences.attention.forward(q, k, self._heads.values(qkv), scale=self._scale)
         output = self._multiply(attended.flatten(1), weights.output, adapters.output)
         summed_2, normed_2 = self._forwards.add_rms_norm(summed_1, output, weights.mlp_norm, self._eps)
@@ -188,7 +188,7 @@ class PackedDecoder:
             kept.qkv, kept.attended, kept.attention_state = qkv, attended, state
             kept.summed_2, kept.gate_up = summed_2, gate_up
         if keep is Keep.ALL:
-            kept.normed_1, kept.q, kept.k, kept.normed_2, kept.activated = normed_1, q, k, normed_2, activated
+            kept.normed_1, kept.rotated, kept.normed_2, kept.activated = normed_1, (q, k), normed_2, activated
         return summed_2, self._multiply(activated, weights.down, adapters.down), kept
 
     def _layer_backward(
@@ -200,9 +200,7 @@ class PackedDecoder:
         adapters = weights.adapters
         grad_attended, slopes = _input_gradient(grad, weights.output, adapters.output)
         _add_gradients(sums.output, grad, kept.attended.flatten(1), adapters.output, sums.adapters.output, slopes)
-        q, k = (
-            (kept.q, kept.k) if kept.q is not None and kept.k is not None else self._rotated(kept.qkv, weights, None, sequences)
-        )
+        q, k = kept.rotated or self._rotated(kept.qkv, weights, sequences)
         grads = sequences.attention.backward(
             grad_attended.view_as(kept.attended),
             q,
@@ -251,18 +249,17 @@ class PackedDecoder:
             adapter.add(x, y)
         return y
 
-    def _rotated(
-        self, qkv: Tensor, weights: LayerTensors, sums: LayerTensors | None, sequences: Sequences
-    ) -> tuple[Tensor, Tensor]:
-        norms = self._norms(weights, sums)
+    def _rotated(self, qkv: Tensor, weights: LayerTensors, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        norms = self._norms(weights, weights)  # a forward reads no sums
         q, k = self._backwards.qk_norm_rope(qkv, self._heads, norms, self._rope_table(qkv), sequences.positions, self._eps)
         return q, k
 
-    def _norms(self, weights: LayerTensors, sums: LayerTensors | None) -> QkNorms | None:
+    def _norms(self, weights: LayerTensors, sums: LayerTensors) -> QkNorms | None:
         if weights.qk_norms is None:
             return None
-        q_sum, k_sum = weights.qk_norms if sums is None or sums.qk_norms is None else sums.qk_norms
-        return QkNorms(q_weight=weights.qk_norms[0], k_weight=weights.qk_norms[1], q_sum=q_sum, k_sum=k_sum)
+        assert sums.qk_norms is not None, "weights and sums are of one architecture"
+        (q_weight, k_weight), (q_sum, k_sum) = weights.qk_norms, sums.qk_norms
+        return QkNorms(q_weight=q_weight, k_weight=k_weight, q_sum=q_sum, k_sum=k_sum)
 
     def _rope_table(self, like: Tensor) -> Tensor:
         if self._rope is None:
@@ -309,12 +306,12 @@ def _bind_layer(tensors: Mapping[str, Tensor], prefix: str) -> LayerTensors:
         assert [part.data_ptr() for part in parts[1:]] == ends[:-1], f"{prefix}: {', '.join(names)} lie back to back"
         return parts[0].as_strided((sum(len(part) for part in parts), parts[0].shape[1]), parts[0].stride())
 
-    q_norm, k_norm = (tensors.get(f"{prefix}self_attn.{name}.weight") for name in ("q_norm", "k_norm"))
+    q_norm, k_norm = f"{prefix}self_attn.q_norm.weight", f"{prefix}self_attn.k_norm.weight"
     return LayerTensors(
         attention_norm=tensors[prefix + "input_layernorm.weight"],
         mlp_norm=tensors[prefix + "post_attention_layernorm.weight"],
         qkv=stack("self_attn.q", "self_attn.k", "self_attn.v"),
-        qk_norms=None if q_norm is None or k_norm is None else (q_norm, k_norm),
+        qk_norms=(tensors[q_norm], tensors[k_norm]) if q_norm in tensors else None,
         output=stack("self_attn.o"),
         gate_up=stack("mlp.gate", "mlp.up"),
         down=stack("mlp.down"),
