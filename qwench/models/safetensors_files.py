@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         start = _LENGTH_BYTES + header_bytes
         found = {name: _stored(file, start, entry) for name, entry in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read as safetensors ({str(error)[:300] or error!r}).") from error
+        raise CheckpointError(f"{file} cannot be read as safetensors ({str(error)[:300] or repr(error)}).") from error
     end = start
     for name, stored in sorted(found.items(), key=lambda entry: (entry[1].begin, entry[1].spec.nbytes)):
         if stored.begin != end:
@@ -257,16 +258,15 @@ def _layout(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
 
 def _stored(file: Path, start: int, entry: Mapping[str, object]) -> StoredTensor:
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not (_are_sizes(shape) and _are_sizes(offsets) and isinstance(offsets, list) and len(offsets) == _ENDS):
+    if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == _ENDS):
         raise ValueError(f"shape {shape} and data_offsets {offsets} are no lists of sizes")
-    assert isinstance(shape, list)
     spec = TensorSpec(shape=tuple(shape), dtype=_DTYPES[str(entry["dtype"])])
     if offsets[1] - offsets[0] != spec.nbytes:
         raise ValueError(f"a tensor of shape {shape} does not have {offsets[1] - offsets[0]} bytes")
     return StoredTensor(spec=spec, file=file, begin=start + offsets[0])
 
 
-def _are_sizes(value: object) -> bool:
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 

@@ -275,17 +275,17 @@ def test_whatever_bytes_change_a_folder_is_read_or_refused_in_one_line(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "metadata",
+    ("metadata", "message"),
     [
-        b"\x80\x04\x8e" + (2**62).to_bytes(8, "little"),
-        b"\x80\x04\x95" + b"\xff" * 8,
-        b"\x80\x04" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
+        (b"\x80\x04\x8e" + (2**62).to_bytes(8, "little"), "cannot be read"),
+        (b"\x80\x04\x95" + b"\xff" * 8, "cannot be read"),
+        (b"\x80\x04" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".", r"holds no metadata of torch\.distributed\.checkpoint"),
     ],
     ids=["more bytes than memory", "more bytes than numbers", "deep"],
 )
-def test_metadata_that_asks_for_too_much_is_refused(tmp_path: Path, metadata: bytes) -> None:
+def test_metadata_that_asks_for_too_much_is_refused(tmp_path: Path, metadata: bytes, message: str) -> None:
     (tmp_path / ".metadata").write_bytes(metadata)
-    with pytest.raises(CheckpointError, match=r"\.metadata cannot be read|holds no metadata"):
+    with pytest.raises(CheckpointError, match=rf"\.metadata {message}"):
         DcpFolder(tmp_path)
 
 
@@ -297,7 +297,7 @@ def test_metadata_that_asks_for_too_much_is_refused(tmp_path: Path, metadata: by
         (lambda found: setattr(found.state_dict_metadata["norm"].properties, "dtype", torch.int8), r"no?t hold .* in int8"),
         (
             lambda found: setattr(found.state_dict_metadata["norm"], "size", torch.Size([2**50])),
-            "norm cannot be read|holds 5 of",
+            "norm cannot be read",
         ),
         (lambda found: [object.__setattr__(at, "length", -1) for at in found.storage_data.values()], "before the file"),
     ],
