@@ -24,8 +24,13 @@ def warnings(config: Config, *, trains: bool = True) -> Iterator[str]:
         unused = config.foreign.unused_flags
         where = "" if all(name.endswith(")") for name in unused) else " (docs/flags.md says why)"
         yield f"these flags have no effect here{where}: {' '.join(f'--{name}' for name in unused)}"
+    if config.reward.custom_rm_path is not None and config.reward.rm_type is not None:
+        yield f"--rm-type {config.reward.rm_type} grades nothing: --custom-rm-path wins"
+    if config.reward.custom_rm_in_process and config.reward.custom_rm_path is None:
+        yield "--custom-rm-in-process has no effect: no --custom-rm-path is given"
     if trains:
         yield from _training_warnings(config)
+        yield from _overruled(config)
         yield from _unused_evaluation(config)
     if not trains or config.debug.debug_rollout_only:
         yield from _unread_checkpoints(config)
@@ -78,6 +83,34 @@ def _training_warnings(config: Config) -> Iterator[str]:
         )
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
         yield "--sequence-parallel has no effect without tensor parallelism"
+
+
+def _overruled(config: Config) -> Iterator[str]:
+    """Yield each flag of training that another flag overrules."""
+    rollout, training, cluster = config.rollout, config.training, config.cluster
+    reward, optimizer, critic = config.reward, config.optimizer, config.critic
+    remote = "remote_rm" in (reward.rm_type or "") or reward.custom_rm_path is not None
+    for flag, value, is_overruled, reason in (
+        ("num_epoch", rollout.num_epoch, rollout.num_rollout is not None, f"--num-rollout {rollout.num_rollout} wins"),
+        ("micro_batch_size", training.micro_batch_size, training.use_dynamic_batch_size and training.micro_batch_size != 1,
+         "--use-dynamic-batch-size packs by tokens"),
+        ("log_probs_max_tokens_per_gpu", training.log_probs_max_tokens_per_gpu, not training.use_dynamic_batch_size,
+         "without --use-dynamic-batch-size nothing is packed by tokens"),
+        ("rollout_num_gpus", cluster.rollout_num_gpus, cluster.colocate and cluster.rollout_num_gpus != cluster.world_size,
+         "--colocate shares the trainer's GPUs"),
+        ("reset_optimizer_states", optimizer.reset_optimizer_states, optimizer.use_stateless_adam,
+         "--use-stateless-adam forgets the moments before every step"),
+        ("custom_reward_post_process_path", reward.custom_reward_post_process_path,
+         config.foreign.custom_convert_samples_to_train_data_path is not None,
+         "--custom-convert-samples-to-train-data-path returns rewards"),
+        ("num_critic_only_steps", critic.num_critic_only_steps, critic.critic_train_only,
+         "--critic-train-only is for every rollout"),
+        ("rm_url", reward.rm_url, config.distillation.teacher_flag != "--rm-url" and not remote,
+         "--opd-teacher-urls names the teachers"),
+        ("min_lr", optimizer.min_lr, optimizer.lr_decay_style == "constant", "--lr-decay-style constant does not decay"),
+    ):  # fmt: skip
+        if value and is_overruled:
+            yield f"--{flag_name(flag)}{'' if value is True else f' {value}'} has no effect: {reason}"
 
 
 def _unused_evaluation(config: Config) -> Iterator[str]:

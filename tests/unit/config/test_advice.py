@@ -20,6 +20,51 @@ def test_a_flag_given_twice_is_told_with_the_value_that_is_lost(files):
     ]
 
 
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--rm-type", "f1", "--custom-rm-path", "a.b"], "--rm-type f1 grades nothing: --custom-rm-path wins"),
+        (["--num-rollout", "3", "--num-epoch", "2"], "--num-epoch 2 has no effect: --num-rollout 3 wins"),
+        (
+            ["--use-dynamic-batch-size", "--max-tokens-per-gpu", "99999", "--micro-batch-size", "2"],
+            "--micro-batch-size 2 has no effect: --use-dynamic-batch-size packs by tokens",
+        ),
+        (
+            ["--log-probs-max-tokens-per-gpu", "99"],
+            "--log-probs-max-tokens-per-gpu 99 has no effect: without --use-dynamic-batch-size nothing is packed by tokens",
+        ),
+        (
+            ["--colocate", "--rollout-num-gpus", "4"],
+            "--rollout-num-gpus 4 has no effect: --colocate shares the trainer's GPUs",
+        ),
+        (["--custom-rm-in-process"], "--custom-rm-in-process has no effect: no --custom-rm-path is given"),
+        (
+            ["--use-stateless-adam", "--reset-optimizer-states"],
+            "--reset-optimizer-states has no effect: --use-stateless-adam forgets the moments before every step",
+        ),
+        (
+            ["--custom-reward-post-process-path", "a.b", "--custom-convert-samples-to-train-data-path", "a.c"],
+            "--custom-reward-post-process-path a.b has no effect: --custom-convert-samples-to-train-data-path returns rewards",
+        ),
+        (
+            ["--advantage-estimator", "ppo", "--critic-train-only", "--num-critic-only-steps", "2"],
+            "--num-critic-only-steps 2 has no effect: --critic-train-only is for every rollout",
+        ),
+        (
+            ["--use-opd", "--opd-type", "sglang", "--rm-url", "http://a", "--opd-teacher-urls", "default=http://b"],
+            "--rm-url http://a has no effect: --opd-teacher-urls names the teachers",
+        ),
+        (
+            ["--lr-decay-style", "constant", "--min-lr", "1e-8"],
+            "--min-lr 1e-08 has no effect: --lr-decay-style constant does not decay",
+        ),
+    ],
+)
+def test_a_flag_that_another_one_overrules_is_told(files, extra, expected):
+    words = {flag: values for flag, values in words_of(files).items() if flag not in extra}
+    assert list(warnings(parse_run("train", flat(words) + extra))) == [expected]
+
+
 EMBEDDED = ("--rollout-engine", "embedded")
 
 
