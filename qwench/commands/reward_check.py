@@ -247,7 +247,7 @@ def _sample(record: Mapping[str, Json], number: int, where: str, *, response_key
     response = record[response_key]
     if not isinstance(response, str):
         raise ConfigError(f"{where}: {response_key!r} must be a string, got {json.dumps(response)[:40]}.")
-    label = read_label(DataRow(values=record, place=where), label_key, required=True)
+    label = read_label(DataRow(values=record, place=where), label_key, flag="--label-key", required=True)
     metadata = record.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise ConfigError(f"{where}: 'metadata' must be an object, got {json.dumps(metadata)[:40]}.")

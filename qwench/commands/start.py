@@ -125,9 +125,7 @@ def _check_columns(config: Config) -> None:
         check_first_row(data.prompt_data, data.input_key, flag="--input-key")
     for one in eval_settings(config.evaluation, rollout, data):
         if find_reference(one.path, "dataset") is None:
-            check_first_row(
-                one.path, one.input_key, flag="--eval-input-key" if config.evaluation.eval_input_key else "--input-key"
-            )
+            check_first_row(one.path, one.input_key, flag=config.evaluation.key_flags["input_key"])
 
 
 def _show(config: Config, plan: RunPlan) -> None:

@@ -30,24 +30,24 @@ _SHAREGPT_ROLES = {
 _TURN = ("user", "assistant")
 
 
-def as_conversation(row: Row, *, input_key: str) -> list[Message]:
-    """Return the messages of a row of fine-tuning data.
+def as_conversation(row: Row, *, input_key: str, flag: str) -> list[Message]:
+    """Return the messages of a row of fine-tuning data, whose column `flag` names.
 
     Raises:
         ConfigError: the row has no conversation in a form that is read, or one of its texts is empty.
     """
-    messages = _read_form(row, input_key)
+    messages = _read_form(row, input_key, flag)
     check_arguments(messages, place=row.place)
     return messages
 
 
-def _read_form(row: Row, input_key: str) -> list[Message]:
+def _read_form(row: Row, input_key: str, flag: str) -> list[Message]:
     for keys, read in _FORMS:
         if input_key not in keys and row.values.get(input_key) is not None:
             continue
         if all(row.values.get(key) is not None for key in keys):
             return read(row)
-    value = row.require(input_key, flag="--input-key")
+    value = row.require(input_key, flag=flag)
     return _sharegpt(value, place=row.place) if _is_sharegpt(value) else as_messages(value, place=row.place)
 
 

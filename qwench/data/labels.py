@@ -20,10 +20,11 @@ _NOT_A_NUMBER = ("nan", "NaN")
 """How tools write a missing number as text."""
 
 
-def read_label(row: Row, label_key: str | None, *, required: bool) -> str | None:
+def read_label(row: Row, label_key: str | None, *, flag: str, required: bool) -> str | None:
     """Return the label of a row; numbers keep their plain form.
 
     Args:
+        flag: names the key.
         required: a built-in reward compares answers with it. Without it, lists and records become JSON text, and a label
             may be absent.
 
@@ -32,11 +33,11 @@ def read_label(row: Row, label_key: str | None, *, required: bool) -> str | None
     """
     if label_key is None or (not required and label_key in row.values and row.values[label_key] is None):
         return None
-    label = row.require(label_key, flag="--label-key")
+    label = row.require(label_key, flag=flag)
     if isinstance(label, float) and not math.isfinite(label):
-        raise ConfigError(f"{row.place}: key {label_key!r} (--label-key) is {label}: no answer can match it.")
+        raise ConfigError(f"{row.place}: key {label_key!r} ({flag}) is {label}: no answer can match it.")
     if required:
-        return _answer(label, place=f"{row.place}: key {label_key!r} (--label-key)")
+        return _answer(label, place=f"{row.place}: key {label_key!r} ({flag})")
     return json.dumps(label, ensure_ascii=False) if isinstance(label, dict | list) else _text(label)
 
 

@@ -20,6 +20,9 @@ from qwench.data.rows import Row, check_text, is_blank, read_rows
 from qwench.errors import ConfigError
 from qwench.samples import Group, Json, Prompt, Sample
 
+KEY_FLAGS: Mapping[str, str] = {"input_key": "--input-key", "label_key": "--label-key"}
+"""Column of training data -> the flag that names it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedPrompts:
@@ -48,6 +51,7 @@ def load_prompts(
     pass_rate_key: str | None = None,
     require_label: bool = False,
     as_given: bool = False,
+    key_flags: Mapping[str, str] = KEY_FLAGS,
 ) -> LoadedPrompts:
     """Read, render and tokenise the data set `spec` (`path` or `path@[start:stop]`).
 
@@ -55,22 +59,23 @@ def load_prompts(
         pass_rate_key: Column of pass rates; None: there is none.
         max_prompt_len: Prompts with more tokens are dropped and counted; None: no limit.
         require_label: The reward compares with a label, so every row must have one.
+        key_flags: `input_key` and `label_key` -> the flags that name them.
         as_given: A function of the user's reads the prompt, which may be of any JSON type without a chat template.
 
     Raises:
         ConfigError: unreadable file or row, missing key, or nothing left.
     """
     if require_label and label_key is None:
-        raise ConfigError(f"the reward compares answers of {spec} with labels; name their key with --label-key.")
+        raise ConfigError(f"the reward compares answers of {spec} with labels; name their key with {key_flags['label_key']}.")
     renderer = ChatRenderer(tokenizer, template_kwargs=apply_chat_template_kwargs) if apply_chat_template else None
     rows = read_rows(spec)
     for row in rows:
         row.check_recordable(input_key, row.values.get(input_key))
     untokenised = [
         Prompt(
-            text=_render(row, input_key, read_tools(row, tool_key), renderer, as_given=as_given),
+            text=_render(row, input_key, key_flags["input_key"], read_tools(row, tool_key), renderer, as_given=as_given),
             token_ids=(),
-            label=read_label(row, label_key, required=require_label),
+            label=read_label(row, label_key, flag=key_flags["label_key"], required=require_label),
             messages=row.values[input_key],
             tools=read_tools(row, tool_key),
             metadata=row.decode(metadata_key, dict) or {},
@@ -80,14 +85,11 @@ def load_prompts(
         for row in rows
     ]
     token_ids = tokenize(tokenizer, [prompt.text for prompt in untokenised])
-    for prompt, ids in zip(untokenised, token_ids, strict=True):
-        if not ids or is_blank(prompt.text):
+    tokenised = [replace(one, token_ids=tuple(ids)) for one, ids in zip(untokenised, token_ids, strict=True)]
+    for prompt in tokenised:
+        if not prompt.token_ids or is_blank(prompt.text):
             raise ConfigError(f"{prompt.place}: the prompt is empty.")
-    prompts = [
-        replace(prompt, token_ids=tuple(ids))
-        for prompt, ids in zip(untokenised, token_ids, strict=True)
-        if max_prompt_len is None or len(ids) <= max_prompt_len
-    ]
+    prompts = [one for one in tokenised if max_prompt_len is None or len(one.token_ids) <= max_prompt_len]
     if not prompts:
         raise ConfigError(
             f"all {len(token_ids)} prompts of {spec} are longer than the limit of {max_prompt_len} tokens (the shortest has "
@@ -188,8 +190,8 @@ def _read_pass_rate(row: Row, key: str | None) -> float | None:
     return float(rate)
 
 
-def _render(row: Row, input_key: str, tools: Json, renderer: ChatRenderer | None, *, as_given: bool) -> str:
-    value = row.require(input_key, flag="--input-key")
+def _render(row: Row, input_key: str, flag: str, tools: Json, renderer: ChatRenderer | None, *, as_given: bool) -> str:
+    value = row.require(input_key, flag=flag)
     if renderer is not None:
         messages = as_prompt(value, place=row.place)
         check_arguments(messages, place=row.place)

@@ -76,6 +76,7 @@ def load_sft(
     spec: str,
     *,
     input_key: str,
+    flag: str,
     tool_key: str | None,
     tokenizer: PreTrainedTokenizerBase,
     loss_mask_type: str | None,
@@ -85,6 +86,7 @@ def load_sft(
     """Read, render, mask and tokenise the conversations of `spec` (`path` or `path@[start:stop]`).
 
     Args:
+        flag: names `input_key`.
         loss_mask_type: See `masks.build_mask_function`.
         max_len: Conversations with more tokens are dropped and counted; None: no limit.
 
@@ -97,7 +99,7 @@ def load_sft(
     differing: list[str] = []
     num_too_long = num_untrained = 0
     for chunk in _chunks(read_rows(spec)):
-        conversations = [as_conversation(row, input_key=input_key) for row in chunk]
+        conversations = [as_conversation(row, input_key=input_key, flag=flag) for row in chunk]
         segmented = [
             mask(messages, read_tools(row, tool_key), row.place) for messages, row in zip(conversations, chunk, strict=True)
         ]

@@ -228,6 +228,7 @@ def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
                 apply_chat_template_kwargs=config.data.apply_chat_template_kwargs,
                 max_prompt_len=(limit := prompt_limit(inputs, settings.max_prompt_len)),
                 require_label="rm_type" not in settings.row_metadata and _compares_labels(inputs.reward_of(settings)),
+                key_flags=config.evaluation.key_flags,
                 as_given=_reads_prompts_itself(config) or settings.custom_generate_function_path is not None,
             )
         _log_dropped(f"evaluation set {settings.name}", loaded, limit)
@@ -237,14 +238,15 @@ def read_eval_prompts(inputs: Inputs) -> dict[str, LoadedPrompts]:
 
 def read_conversations(inputs: Inputs) -> tuple[LoadedSft, dict[str, LoadedSft]]:
     """Read the conversations of fine-tuning and of each evaluation set, and say how many cannot be used."""
-    config = inputs.config
-    assert config.data.prompt_data is not None, "config.verb_checks requires --prompt-data"
+    config, data = inputs.config, inputs.config.data
+    assert data.prompt_data is not None, "config.verb_checks requires --prompt-data"
     limit = min(config.rollout.rollout_max_context_len or inputs.plan.model.max_positions, inputs.plan.model.max_positions)
 
-    def read(what: str, path: str, *, input_key: str, tool_key: str) -> LoadedSft:
+    def read(what: str, path: str, *, input_key: str, flag: str, tool_key: str) -> LoadedSft:
         loaded = load_sft(
             path,
             input_key=input_key,
+            flag=flag,
             tool_key=tool_key,
             tokenizer=inputs.tokenizer,
             loss_mask_type=config.data.loss_mask_type,
@@ -272,9 +274,10 @@ def read_conversations(inputs: Inputs) -> tuple[LoadedSft, dict[str, LoadedSft]]
             )
         return loaded
 
-    trained = read("--prompt-data", config.data.prompt_data, input_key=config.data.input_key, tool_key=config.data.tool_key)
+    eval_flag = config.evaluation.key_flags["input_key"]
+    trained = read("--prompt-data", data.prompt_data, input_key=data.input_key, flag="--input-key", tool_key=data.tool_key)
     return trained, {
-        one.name: read(f"evaluation set {one.name}", one.path, input_key=one.input_key, tool_key=one.tool_key)
+        one.name: read(f"evaluation set {one.name}", one.path, input_key=one.input_key, flag=eval_flag, tool_key=one.tool_key)
         for one in inputs.plan.eval_sets
     }
 

@@ -111,6 +111,12 @@ class EvalConfig:
         return self.eval_low_priority or self.eval_num_gpus > 0
 
     @property
+    def key_flags(self) -> dict[str, str]:
+        """Return column of evaluation sets -> the flag that names it."""
+        own = {"input_key": self.eval_input_key, "label_key": self.eval_label_key}
+        return {key: f"--{'' if name is None else 'eval-'}{key.replace('_', '-')}" for key, name in own.items()}
+
+    @property
     def has_sets(self) -> bool:
         """Tell whether there is something to evaluate on."""
         return bool(self.eval_prompt_data) or self.eval_config is not None

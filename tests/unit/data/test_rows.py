@@ -262,7 +262,7 @@ def test_narrow_floats_of_parquet_keep_the_digits_that_were_stored(tmp_path):
     columns = {name: pyarrow.array([0.1, None, 7.0], pyarrow.float32()).cast(kind) for name, kind in kinds.items()}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     rows = read_rows(str(tmp_path / "a.parquet"))
-    labels = [read_label(row, name, required=True) for row in (rows[0], rows[2]) for name in kinds]
+    labels = [read_label(row, name, flag="--label-key", required=True) for row in (rows[0], rows[2]) for name in kinds]
     assert labels == ["0.1", "0.1", "7.0", "7.0"]
     assert rows[1].values == {"f": None, "h": None}
 

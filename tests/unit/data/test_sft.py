@@ -28,6 +28,7 @@ def load(tmp_path, rows, **options) -> LoadedSft:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     defaults = {
         "input_key": "messages",
+        "flag": "--input-key",
         "tool_key": "tools",
         "tokenizer": TOKENIZER,
         "loss_mask_type": None,

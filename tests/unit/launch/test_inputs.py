@@ -12,6 +12,7 @@ import torch
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.config import Config
 from qwench.config.sections.engine import EngineConfig
+from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError
 from qwench.launch.inputs import (
@@ -145,3 +146,20 @@ def test_an_fp8_checkpoint_is_refused_for_embedded_engines_of_several_gpus(tmp_p
     assert plan_inputs(parse_flags(Config, [*words, "1"], prog="qwench train"), trains=True).devices.engine_sizes == (1, 1)
     with pytest.raises(ConfigError, match="is FP8 and needs embedded engines of one GPU, got --rollout-num-gpus-per-engine 2"):
         plan_inputs(parse_flags(Config, [*words, "2"], prog="qwench train"), trains=True)
+
+
+@pytest.mark.parametrize(
+    ("column", "own", "flag"),
+    [
+        ("label_key", {"eval_label_key": "absent"}, "--eval-label-key"),
+        ("label_key", {"eval_input_key": "input"}, "--label-key"),
+        ("input_key", {"eval_input_key": "absent"}, "--eval-input-key"),
+        ("input_key", {}, "--input-key"),
+    ],
+)
+def test_a_missing_column_of_an_evaluation_set_is_told_by_the_flag_that_names_it(tmp_path: Path, column, own, flag):
+    made = inputs_with(tmp_path, "a", positions=64, response=1)
+    sets = tuple(replace(one, **{column: "absent"}) for one in made.plan.eval_sets)
+    inputs = replace(made, config=replace(made.config, evaluation=EvalConfig(**own)), plan=replace(made.plan, eval_sets=sets))
+    with pytest.raises(ConfigError, match=rf"^evaluation set held_out: .*:1: key 'absent' \({flag}\) is missing"):
+        read_eval_prompts(inputs)
