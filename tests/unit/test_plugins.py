@@ -108,8 +108,19 @@ def test_an_error_of_qwench_passes_as_it_is() -> None:
     def refuses(x: object) -> None:
         raise RewardError("no reward")
 
+    async def refuses_later(x: object) -> None:
+        raise RewardError("no reward")
+
     with pytest.raises(RewardError, match=r"^no reward$"):
         guarded(refuses, path="a.b", flag="--some-path")(0)
+    with pytest.raises(RewardError, match=r"^no reward$"):
+        asyncio.run(_awaited(guarded(refuses_later, path="a.b", flag="--some-path")(0)))
+
+
+def test_an_interruption_while_a_module_is_imported_is_no_fault_of_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        load(f"{tmp_path}/mine.py:f")
 
 
 async def _awaited(answer: Awaitable[object]) -> object:

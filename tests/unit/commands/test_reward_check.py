@@ -106,11 +106,23 @@ def verdicts(**counts: int) -> list[Verdict]:
     return [Verdict(score=float(reason == "exact"), reason=reason) for reason, count in counts.items() for _ in range(count)]
 
 
-def test_one_cause_of_nearly_all_zeros_is_named_with_advice() -> None:
-    advice = degenerate_reason(verdicts(no_think_marker=92, wrong=8))
-    assert advice is not None
-    assert "92 of 100" in advice
-    assert "--rm-type math" in advice
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("no_think_marker", "for a model that does not think use --rm-type math"),
+        ("no_box", "ask for one in the prompt (check --apply-chat-template)"),
+        ("no_answer_line", "the dapo reward reads only a line `Answer: ...`"),
+        ("no_choice", "the gpqa reward finds no letter in the response"),
+        ("empty_label", "the labels are empty: check --label-key"),
+        ("unparseable", "the answers cannot be read as expressions"),
+        ("timeout", "raise --reward-timeout-s or --reward-num-workers"),
+        ("grader_error", "the grader fails: look at the errors with `qwench reward check`"),
+    ],
+)
+def test_one_cause_of_nearly_all_zeros_is_named_with_advice(reason: str, advice: str) -> None:
+    said = degenerate_reason(verdicts(wrong=4, **{reason: 47}, exact=49))
+    assert said is not None
+    assert said.startswith(f"47 of 100 responses got no reward for the same reason, {reason!r}: ") and advice in said
 
 
 def test_a_judge_that_is_never_reached_is_told_with_its_first_error_and_its_own_deadline() -> None:
@@ -126,10 +138,11 @@ def test_a_judge_that_is_never_reached_is_told_with_its_first_error_and_its_own_
         verdicts(no_think_marker=90, wrong=10),
         verdicts(wrong=100),
         verdicts(exact=50, no_box=50),
+        [*verdicts(exact=49), *[Verdict(score=0.1, reason="no_box")] * 51],
         verdicts(exact=10),
         [],
     ],
-    ids=["exactly 90 % have the cause", "hard data", "half are right", "all are right", "no rollout"],
+    ids=["exactly 90 % have the cause", "hard data", "half are right", "a low score", "all are right", "no rollout"],
 )
 def test_rewards_that_answers_may_deserve_are_not_degenerate(rewards: list[Verdict]) -> None:
     assert degenerate_reason(rewards) is None

@@ -57,6 +57,11 @@ WRONG_VALUES = {
 }
 
 
+def test_a_rotary_base_with_fewer_digits_is_the_same():
+    told = [list(overruled_flags(ArchitectureConfig(rotary_base=base), QWEN3_4B)) for base in (1_000_000.5, 1_000_002.0)]
+    assert [len(warnings) for warnings in told] == [0, 1]
+
+
 def test_another_rotary_base_is_replaced_by_the_checkpoints_with_a_warning():
     flags = ArchitectureConfig(**SCRIPT_4B | {"rotary_base": 5_000_000.0})
     check_model_flags(flags, QWEN3_4B)

@@ -37,6 +37,23 @@ def test_the_reward_is_asked_for_with_the_data_that_could_have_named_it(files):
     [
         (["--hf-checkpoint", "{}/absent"], "--hf-checkpoint: there is no folder {}/absent"),
         (["--hf-checkpoint", "{}/empty"], "--hf-checkpoint: {}/empty has no config.json"),
+        (["--hf-checkpoint", "{}/adapter"], "--hf-checkpoint: {}/adapter is a LoRA adapter; merge it into its base model"),
+        (
+            ["--hf-checkpoint", "{}/other"],
+            "--hf-checkpoint: {}/other/config.json has model_type 'qwen3_moe'; supported are dense qwen3, qwen2, llama",
+        ),
+        (
+            ["--hf-checkpoint", "{}/gguf"],
+            "--hf-checkpoint: {}/gguf has no config.json; it holds GGUF files",
+        ),
+        (
+            ["--prompt-data", "{}/a.xlsx"],
+            "--prompt-data: {}/a.xlsx has the unknown format '.xlsx'; convert it to .jsonl",
+        ),
+        (
+            ["--load", "{}/absent", "--exit-on-missing-checkpoint"],
+            "--load: {}/absent is missing or empty, and --exit-on-missing-checkpoint is given",
+        ),
         (["--prompt-data", "x" * 300 + ".jsonl"], "--prompt-data: 'xxx"),
         (["--prompt-data", "~nobody-of-that-name/a.jsonl"], "--prompt-data: '~nobody-of-that-name/a.jsonl' names no data file"),
         (["--eval-prompt-data", "e", "x" * 300 + ".jsonl"], "--eval-prompt-data: 'xxx"),
@@ -56,6 +73,12 @@ def test_the_reward_is_asked_for_with_the_data_that_could_have_named_it(files):
     ],
 )
 def test_files_that_are_not_there_are_refused(files, extra, message):
+    for name, content in (
+        ("adapter/adapter_config.json", "{}"), ("other/config.json", '{"model_type": "qwen3_moe"}'), ("gguf/a.gguf", ""),
+        ("a.xlsx", ""),
+    ):  # fmt: skip
+        (files / name).parent.mkdir(exist_ok=True)
+        (files / name).write_text(content)
     with pytest.raises(ConfigError) as caught:
         parse_run("train", flat(words_of(files)) + [word.replace("{}", str(files)) for word in extra])
     assert str(caught.value).startswith(message.replace("{}", str(files)))

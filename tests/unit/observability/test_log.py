@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import logging
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import rich.console
 
-from qwench.observability.console import LiveConsole, PlainConsole
+from qwench.errors import Stopped
+from qwench.observability.console import LiveConsole, PlainConsole, QuietConsole
 from qwench.observability.log import DRIVER_LOG, failures_logged, open_driver_log, open_process_log, write_driver_log
 
 _logger = logging.getLogger("qwench.somewhere")
@@ -80,6 +82,28 @@ def test_an_error_that_ends_a_run_is_in_the_file_with_its_traceback_and_not_twic
     text = (tmp_path / DRIVER_LOG).read_text()
     assert "CRITICAL qwench: the run failed\nTraceback" in text and text.endswith("ValueError: no gradient\n")
     assert shown.getvalue() == ""
+
+
+@pytest.mark.parametrize(("error", "name"), [(Stopped(signal.SIGTERM), "SIGTERM"), (KeyboardInterrupt(), "SIGINT")])
+def test_a_signal_that_ends_a_run_is_named_in_the_file(tmp_path: Path, error: BaseException, name: str) -> None:
+    open_driver_log("info", QuietConsole())
+    write_driver_log(tmp_path)
+    with pytest.raises(type(error)), failures_logged():
+        raise error
+    assert (tmp_path / DRIVER_LOG).read_text().endswith(f"INFO qwench: the run was stopped by {name}\n")
+
+
+def test_a_full_disk_of_the_log_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    open_driver_log("info", QuietConsole())
+    write_driver_log(tmp_path)
+    [file] = [handler for handler in logging.getLogger("qwench").handlers if isinstance(handler, logging.FileHandler)]
+    file.setStream(Path("/dev/full").open("w", encoding="utf-8")).close()  # noqa: SIM115 - the handler closes it
+    for text in ("one", "two"):
+        _logger.info(text)
+    file.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"qwench: {tmp_path / DRIVER_LOG} cannot be written to (No space left on device; ")
+    assert line.endswith("; the console has what it lacks")
 
 
 def test_a_closed_log_holds_no_file(tmp_path: Path) -> None:

@@ -240,13 +240,22 @@ def test_a_service_that_fails_costs_its_curves_alone(monkeypatch, caplog):
 
 def test_the_group_of_wandb_names_the_run(monkeypatch):
     asked: dict[str, object] = {}
-    run = type("Run", (), {"define_metric": lambda *_, **__: None})()
+    axes: list[tuple[str, ...]] = []
+    run = type("Run", (), {"define_metric": lambda _, *names, **axis: axes.append((*names, *axis.values()))})()
     init = staticmethod(lambda **flags: asked.update(flags) or run)
-    monkeypatch.setitem(sys.modules, "wandb", type("wandb", (), {"init": init}))
+    login = staticmethod(lambda **account: asked.update(account))
+    monkeypatch.setitem(sys.modules, "wandb", type("wandb", (), {"init": init, "login": login}))
     WandbSink(project="p", group="g", team="t", mode="offline", folder=Path("w"), run_id="7")
     assert asked == {
         "project": "p", "group": "g", "name": "g", "entity": "t", "mode": "offline", "dir": "w", "id": "7", "resume": "allow",
     }  # fmt: skip
+    assert sorted(axes) == [
+        ("*", "rollout/step"), ("eval/*", "eval/step"), ("eval/step",), ("rollout/step",), ("train/*", "train/step"),
+        ("train/step",),
+    ]  # fmt: skip
+    asked.clear()
+    WandbSink(project="p", host="http://h", key="k")
+    assert (asked["host"], asked["key"], asked["id"], asked["resume"], asked["dir"]) == ("http://h", "k", None, None, None)
 
 
 def test_all_curves_may_count_the_steps_of_the_optimizer(monkeypatch):
@@ -272,6 +281,10 @@ def test_a_service_that_does_not_start_is_one_sentence(monkeypatch):
         ConfigError, match=r"Weights & Biases does not start \(RuntimeError: no network\); .*--wandb-mode offline"
     ):
         WandbSink(project="p")
+    fake = type("mlflow", (), {"set_experiment": staticmethod(lambda _: init())})
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    with pytest.raises(ConfigError, match=r"MLflow does not start \(RuntimeError: no network\); check --mlflow-tracking-uri"):
+        MlflowSink(uri=None, experiment="e", run_name=None, run_id=None)
 
 
 class FakeMlflow:

@@ -59,6 +59,22 @@ def test_rows_may_name_several_and_must_fit_the_weights():
         check_prompts(RewardConfig(rm_type="math,f1", reward_weights="1,2"), [sample("", rm_type="math").prompt])
     with pytest.raises(ConfigError, match="names its own reward: --rm-type 'f2' is unknown"):
         check_prompts(RewardConfig(), [sample("", rm_type="math,f2").prompt])
+    with pytest.raises(ConfigError, match=r"^--rm-type 'f2' is unknown"):
+        check_prompts(RewardConfig(rm_type="math,f2"), [sample("").prompt])
+
+
+@pytest.mark.parametrize(("rm_type", "flag"), [("judge", "--judge-url"), ("remote_rm", "--rm-url")])
+def test_a_row_that_asks_a_server_needs_its_address(rm_type, flag):
+    asking = sample("", rm_type=rm_type)
+    with pytest.raises(ConfigError, match=rf"^row 0 .* is graded by {rm_type}; give the server's address by {flag}\."):
+        check_prompts(RewardConfig(), [asking.prompt])
+    with pytest.raises(RewardError, match=rf"^sample 0 is graded by {rm_type}, and no {flag} is given"):
+        graded(RewardConfig(rm_type="math"), asking)
+
+
+def test_a_judge_needs_a_server():
+    with pytest.raises(ConfigError, match=r"^--rm-type judge asks a language model; give --judge-url and --judge-model"):
+        Judge(RewardConfig(), key=None)
 
 
 class Model:
@@ -267,6 +283,8 @@ def test_a_template_without_the_response_is_refused(tmp_path: Path):
     reward = RewardConfig(judge_url="http://a", judge_model="b", judge_prompt_path=template)
     with pytest.raises(ConfigError, match=r"--judge-prompt-path .* has no \{response\}"):
         read_template(reward)
+    template.write_text("judge {response}")
+    assert read_template(reward) == "judge {response}"
     template.unlink()
     with pytest.raises(ConfigError, match=r"--judge-prompt-path .* cannot be read"):
         read_template(reward)

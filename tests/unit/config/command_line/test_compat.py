@@ -86,6 +86,12 @@ def test_the_accepted_flags_without_a_warning_say_what_is_always_so():
     assert not any(flag.told for flag in ACCEPTED if flag.name in architecture and flag.values != ("*",))
 
 
+def test_a_parallel_size_of_experts_may_be_one():
+    flag = foreign_flag("expert-of-a-later-version")
+    assert flag is not None and "dense models, which have no experts" in flag.reason
+    assert [flag.accepts(flag.name, (value,)) for value in "12"] == [True, False]
+
+
 FILTERS = "rollout.filter_hub.dynamic_sampling_filters.check_"
 NOTHING_TO_NAME = """
 slime.rollout.sglang_rollout.generate_rollout miles.rollout.sglang_rollout.generate_rollout
