@@ -1,3 +1,4 @@
+import shlex
 from dataclasses import fields
 
 import pytest
@@ -7,10 +8,27 @@ from qwench.config.command_line.parse import EVAL_DEFAULTS, SFT_DEFAULTS, Declar
 from qwench.config.command_line.verb_help import PAGES
 from qwench.config.config import Config
 from qwench.config.sections.convert import ConvertConfig
-from qwench.config.sections.verbs import RewardCheckConfig, ServeConfig
+from qwench.config.sections.verbs import (
+    DoctorConfig,
+    DownloadConfig,
+    MakeModelConfig,
+    QuickstartConfig,
+    RewardCheckConfig,
+    ServeConfig,
+)
 from qwench.config.verb_checks import check_eval, check_sft, check_train
 from qwench.errors import ConfigError
 from qwench.estimators import estimator_names
+
+CONFIGS = {
+    "qwench serve": ServeConfig,
+    "qwench convert": ConvertConfig,
+    "qwench reward check FILE": RewardCheckConfig,
+    "qwench make-model": MakeModelConfig,
+    "qwench download OWNER/NAME ...": DownloadConfig,
+    "qwench doctor": DoctorConfig,
+    "qwench quickstart": QuickstartConfig,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +59,23 @@ def listed(text):
     lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("sections"))
     return {line.split()[0] for line in lines[start:] if line.startswith("  ") and line[2] != " "} - {"for"}
+
+
+@pytest.mark.parametrize("prog", PAGES)
+def test_every_verb_says_what_it_does_and_its_typical_command_is_accepted(prog):
+    page, config = PAGES[prog], CONFIGS.get(prog, Config)
+    assert page.summary.endswith(".") and set(page.unread) <= {flag.section for flag in flag_table(config).values()}
+    assert {*page.alternatives, *page.meanings} <= {*page.required, *page.common}
+    words = shlex.split(page.example.replace("\\\n", " "))
+    verb = [word for word in prog.split() if word.islower()]
+    assert words[: len(verb)] == verb
+    flags = words[len(verb) :]
+    while flags and not flags[0].startswith("--"):
+        del flags[0]  # a file or a repository before the flags
+    parse_flags(config, flags, prog=prog)
+    asked = {word for word in flags if word.startswith("--")}
+    missing = {name for name in page.required if f"--{name}" not in asked}
+    assert all("--num-epoch" in page.alternatives[name] for name in missing)
 
 
 def test_a_verb_lists_the_sections_that_it_reads(capsys):
