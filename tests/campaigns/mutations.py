@@ -209,9 +209,11 @@ class Campaign:
         if self._reach is not None:
             left = [test for test in found if test.partition("::")[0] not in stages[0]]
             in_unit = [test for test in left if test.startswith("tests/unit/")]
+            beside = [test for test in in_unit if test.startswith("/".join(["tests/unit", *self._module.parts[1:-1], ""]))]
             others = [test for test in left if test not in set(in_unit)]
             for name, some, limit_s in (
-                ("unit", self._reach.quickest(in_unit, LIMIT_S), 4 * LIMIT_S),
+                ("unit", self._reach.quickest(beside, LIMIT_S), 4 * LIMIT_S),
+                ("unit", self._reach.quickest(set(in_unit) - set(beside), LIMIT_S), 4 * LIMIT_S),
                 ("contract or e2e", self._reach.quickest(others, LIMIT_S), 4 * LIMIT_S),
                 ("contract or e2e", self._reach.suite(others, LIMIT_S), SUITE_LIMIT_S),
             ):
