@@ -294,6 +294,15 @@ def test_a_run_that_a_signal_ended_says_what_is_saved_and_what_to_type(capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "stopped by SIGTERM")]
+)
+def test_a_run_that_a_signal_ended_before_it_had_anything_says_no_more(capsys, number, code, said):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train"], command=verb_that_raises(Stopped(number)))
+    assert (ended.value.code, capsys.readouterr().err) == (code, f"qwench: {said}\n")
+
+
 def test_a_signal_outside_of_training_closes_what_is_open_and_gives_its_exit_code():
     verb = (
         "import contextlib, os, signal, sys, time\nfrom qwench import cli\n"

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.lora import LoraConfig
 from qwench.errors import CheckpointError, ConfigError
+from qwench.files import FolderLock
 from tests.fakes.console import RecordingConsole
 from tests.fakes.learner import CountingLearner, CountingRollouts
 from tests.unit.config.architectures import QWEN3_4B
@@ -141,6 +144,28 @@ def test_an_export_folder_of_a_later_rollout_is_checked_at_the_start(tmp_path):
     config = CheckpointConfig(save=tmp_path / "run", save_hf=str(tmp_path / "hf_{rollout_id}"))
     with pytest.raises(ConfigError, match=r"--save-hf .*hf_12 exists and was not written by an export"):
         open_save_folder(config, IDENTITY)
+
+
+def test_a_lock_that_the_file_system_has_not_is_no_other_process(tmp_path, monkeypatch):
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    before = len([*Path("/proc/self/fd").iterdir()])
+    with pytest.raises(OSError, match="No locks available"):
+        FolderLock(tmp_path, flag="--save")
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
+
+
+def test_a_lock_whose_owner_is_not_written_yet_is_another_process(tmp_path, monkeypatch):
+    def refuse(descriptor: int, how: int) -> None:
+        raise BlockingIOError(errno.EWOULDBLOCK, "")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.raises(ConfigError, match=r"^--save .* is in use by another process; give another folder, or end it first\.$"):
+        FolderLock(tmp_path, flag="--save")
+    with pytest.raises(ConfigError, match=r"^--save-hf hf is in use by another process"):
+        FolderLock(tmp_path, flag="--save-hf", shown="hf")
 
 
 HOLDS_THE_LOCK = """

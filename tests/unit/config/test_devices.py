@@ -64,6 +64,16 @@ def test_a_plan_has_the_sizes_and_no_engine_spans_nodes(tmp_path):
     assert planned(group(2, 2), group(1, 1), group(1, kind="placeholder")) == (2, 1)
 
 
+def test_no_engine_of_the_file_may_span_two_nodes(tmp_path):
+    path = write(tmp_path, group(1, 1), group(2, 2), group(1, 1))
+    words = ["--rollout-batch-size", "8", "--rollout-num-gpus", "4", "--num-gpus-per-node", "2", "--sglang-config", str(path)]
+    with pytest.raises(ConfigError) as refused:
+        plan_run(parse_flags(Config, words, prog="qwench train"), QWEN3_4B)
+    assert str(refused.value) == f"--sglang-config: {path}: an engine of 2 GPUs would span nodes of 2; reorder the groups."
+    write(tmp_path, group(2, 2), group(1, 1), group(1, 1))
+    assert plan_run(parse_flags(Config, words, prog="qwench train"), QWEN3_4B).devices.engine_sizes == (2, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [

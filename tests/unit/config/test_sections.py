@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from qwench.config.config import Config
+from qwench.config.sections.agent import AgentConfig
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
@@ -345,6 +346,11 @@ def test_a_section_keeps_values_at_the_edge(section, values):
 def test_nothing_writes_to_a_configuration():
     with pytest.raises(FrozenInstanceError):
         Config().optimizer.lr = 1.0
+
+
+def test_agents_are_served_on_this_machine_at_a_free_port_unless_flags_say_otherwise():
+    assert AgentConfig().served_at == ("127.0.0.1", 0)
+    assert AgentConfig(session_server_ip="10.0.0.1", session_server_port=(8000,)).served_at == ("10.0.0.1", 8000)
 
 
 def test_facts_that_sections_know_of_themselves():

@@ -148,6 +148,8 @@ def test_csv_and_json_arrays_are_read(tmp_path):
         ("a.json", '{"q": 1}\n{"q": 2}\n', r"a\.json holds one JSON object a line; rename it so that it ends in \.jsonl"),
         ("a.json", '{"q": 1,\n"a": }\n', r"a\.json is not JSON"),
         ("a.jsonl", '{"q": "\\ud83d alone"}', r"a\.jsonl:1 holds half of a surrogate pair \(U\+D83D\)"),
+        ("a.jsonl", '{"q": ["a", {"b": "\\ud83d"}]}', r"a\.jsonl:1 holds half of a surrogate pair \(U\+D83D\)"),
+        ("a.jsonl", '{"q": [{"\\ud83d": 1}]}', r"a\.jsonl:1 holds half of a surrogate pair \(U\+D83D\)"),
         ("a.jsonl", '{"q": "nul \\u0000"}', r"a\.jsonl:1 holds a NUL character"),
         ("a.jsonl", '{"q": 1' + "0" * 5000 + "}", r"a\.jsonl:1 cannot be read \(Exceeds the limit"),
         ("a.jsonl", '{"q": ' + "[" * 100_000 + "}", r"a\.jsonl:1 (cannot be read|is not JSON)"),

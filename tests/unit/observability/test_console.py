@@ -149,6 +149,8 @@ def test_a_run_has_one_bar_that_names_what_is_done_now():
     output = screen(terminal=True)
     console = LiveConsole(output)
     with console.run("rollout", done=2, total=24) as bar:
+        with console.phase("load"):
+            assert any(re.search(r"rollout 2/24 .*load$", frame) for frame in frames(shown(output)))
         bar.show(3, left="1m02s left", note="reward 0.438")
         with console.phase("train"), console.progress("generate rollout 3", total=32) as progress:
             progress.advance(12)
@@ -190,6 +192,13 @@ def test_console_without_a_terminal_is_plain(capsys):
     console.say("x" * 300)
     assert isinstance(console, PlainConsole)
     assert capsys.readouterr().out == "x" * 300 + "\n"
+
+
+def test_a_character_that_the_output_has_not_ends_no_run(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    open_console().say("caf\u00e9")
+    assert written.getvalue() == b"caf\\xe9\n"
 
 
 def test_quiet_console_has_the_same_methods_and_shows_nothing(capsys):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from qwench.errors import ConfigError
-from qwench.observability.dumps import check_recorded, load_rollout, save_rollout, save_trajectories
+from qwench.observability.dumps import check_recorded, load_rollout, run_of, save_rollout, save_trajectories
 from qwench.samples import Group, Prompt, Rollout, Sample, Status, Verdict
 
 
@@ -31,7 +31,8 @@ def test_saved_rollout_loads_equal(tmp_path):
     template = str(tmp_path / "deep" / "rollout_{rollout_id}.jsonl")
     rollout = rollout_of(7, num_groups=3)
     path = save_rollout(template, rollout)
-    assert path.name == "rollout_7.jsonl"
+    assert path.name == "rollout_7.jsonl" and run_of(path) == ""
+    assert run_of(save_rollout(template, rollout, run="/data/runs/7")) == "/data/runs/7"
     assert load_rollout(template, 7) == rollout
 
 
@@ -48,11 +49,21 @@ def test_messages_are_those_that_were_kept_or_the_row_and_the_response(tmp_path)
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("messages", "asked"), [("", "2+2="), ("2+2?", "2+2?")])
+def test_a_prompt_that_is_no_conversation_is_one_message(tmp_path, messages, asked):
+    plain = Sample(prompt=Prompt(text="2+2=", token_ids=(5,), messages=messages), sample_id=0, group_id=0, response="4")
+    save_trajectories(str(tmp_path / "{rollout_id}.jsonl"), Rollout(rollout_id=7, groups=[Group(group_id=0, samples=[plain])]))
+    (line,) = (tmp_path / "7.jsonl").read_text().splitlines()
+    assert json.loads(line)["messages"] == [{"role": "user", "content": asked}, {"role": "assistant", "content": "4"}]
+
+
 def test_subsample_keeps_whole_groups_spread_over_the_rollout(tmp_path):
     template = str(tmp_path / "{rollout_id}")
     save_rollout(template, rollout_of(0, num_groups=8))
     assert [group.group_id for group in load_rollout(template, 0, subsample=0.5).groups] == [10, 12, 14, 16]
-    assert [len(group.samples) for group in load_rollout(template, 0, subsample=0.01).groups] == [2]
+    some = load_rollout(template, 0, subsample=0.01)
+    assert [len(group.samples) for group in some.groups] == [2]
+    assert (some.rollout_id, some.metrics) == (0, {"rollout/raw_reward": 1.0})
     with pytest.raises(ConfigError, match=r"share in \(0, 1\], got 1.5"):
         load_rollout(template, 0, subsample=1.5)
 
@@ -81,3 +92,4 @@ def test_missing_or_foreign_file_is_the_users_mistake(tmp_path):
     (tmp_path / "1").write_text("")
     with pytest.raises(ConfigError, match="is not a rollout"):
         load_rollout(str(tmp_path / "{rollout_id}"), 1)
+    assert [run_of(tmp_path / name) for name in ("0", "1", "2")] == [None, None, None]

@@ -144,6 +144,15 @@ def test_the_last_message_is_shown_and_the_prompt_where_there_is_none(messages, 
     assert lines == ["sample 7 of rollout 3: no reward", f"  prompt   | {asked}", "  response | x"]
 
 
+def test_a_label_is_one_line():
+    console, _, report, _ = opened(show_samples=1)
+    prompt = Prompt(text="q", token_ids=(1,), label="two\nlines" + "x" * 60)
+    graded = Sample(prompt=prompt, sample_id=7, group_id=1, response="x", reward=1234.5)
+    report.samples(Rollout(rollout_id=3, groups=[Group(group_id=1, samples=[graded])]))
+    cut = f"two lines{'x' * 11} ... 9 characters ... {'x' * 40}"  # 69 characters of which 60 are shown
+    assert console.lines[0].splitlines()[0] == f"sample 7 of rollout 3: reward 1,234, label {cut}"
+
+
 def test_a_long_response_loses_its_middle_and_keeps_its_end():
     text = shown_sample("start " + "x" * 5000 + r" \boxed{7}")
     assert len(text) < 1000

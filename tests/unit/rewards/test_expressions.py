@@ -99,6 +99,7 @@ def balanced(text: str) -> bool:
         ("abc = 7", "abc=7"),
         (r"\text{ 12 }", "12"),
         (r"12\text{ cm}", "12"),
+        (r"12\text{ cm} or 5\text{ in}", r"12\text{ cm} or 5\text{ in}"),
         (r"\left( 1, 2 \right)", "(1,2)"),
         (r"\sqrt3 + \sqrt{5}", r"\sqrt{3}+\sqrt{5}"),
         (r"90^{\circ}", "90"),

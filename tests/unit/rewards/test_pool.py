@@ -21,7 +21,7 @@ from qwench.errors import ConfigError, RewardError
 from qwench.rewards.graders import check_prompts
 from qwench.rewards.messages import encode
 from qwench.rewards.pool import RewardPool
-from qwench.rewards.worker_process import WorkerDiedError, WorkerProcess
+from qwench.rewards.worker_process import WorkerDiedError, WorkerPool, WorkerProcess
 from qwench.samples import Prompt, Verdict
 from tests.deadlines import patient
 from tests.unit.rewards.samples import finished
@@ -285,6 +285,23 @@ def test_random_reward_is_fixed_by_the_sample_id_and_near_one_half(pool: RewardP
     first, second = (asyncio.run(pool.grade_group(samples)) for _ in range(2))
     assert first == second
     assert 160 <= sum(verdict.score for verdict in first) <= 240  # 200 +- 4 standard deviations
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        ({"reason": "sympy_equal"}, Verdict(score=1.0, reason="sympy_equal")),
+        ({"reason": "wrong"}, Verdict(score=0.0, reason="wrong")),
+        ({"error": "no memory"}, Verdict(score=0.0, reason="grader_error", extra={"error": "no memory"})),
+    ],
+)
+def test_the_answer_of_a_worker_is_a_verdict(answer: object, verdict: Verdict, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(WorkerProcess, "ask", lambda _, message, timeout_s: asked.append((message, timeout_s)) or answer)
+    workers = WorkerPool("algebra_worker", num_workers=1, timeout_s=2.5)
+    assert asyncio.run(workers.settle([("x", "y")])) == verdict
+    workers.close()
+    assert asked == [(encode({"pairs": [("x", "y")], "deadline_s": 2.5}), 2.5)]
 
 
 def test_messages_hold_numbers_of_numpy_keys_that_are_no_text_and_what_json_does_not_know() -> None:

@@ -10,6 +10,7 @@ import uuid
 import pytest
 import torch
 
+from qwench.wire import addresses
 from qwench.wire.addresses import CPU, Placement, gpu_names, host_name, local_gpu, placement_of, unused_port
 from tests.deadlines import patient
 
@@ -63,5 +64,8 @@ def test_a_gpu_is_found_by_its_name_under_any_number(monkeypatch: pytest.MonkeyP
 def test_an_unused_port_can_be_listened_on_and_an_address_elsewhere_has_none() -> None:
     with socket.create_server(("127.0.0.1", unused_port("127.0.0.1"))) as listener:
         assert listener.getsockname()[1] > 1024
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(addresses, "_ATTEMPTS", 0)  # every one that was drawn was taken
+        assert unused_port("127.0.0.1") > 1024
     with pytest.raises(OSError, match="assign requested address"):
         unused_port("192.0.2.1")  # reserved for documentation

@@ -35,6 +35,17 @@ def test_files_of_an_ended_process_are_removed_and_no_others(tmp_path, monkeypat
     assert names(tmp_path) == set(alive[2:])
 
 
+def test_files_of_a_process_of_another_user_stay(tmp_path, monkeypatch):
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(memory_files, "_MEMORY", tmp_path)
+    monkeypatch.setattr(os, "kill", refuse)
+    (tmp_path / f"{WEIGHTS}1-e").touch()
+    remove_files_of_the_dead()
+    assert names(tmp_path) == {f"{WEIGHTS}1-e"}
+
+
 @pytest.mark.parametrize("removed", [remove_folder, lambda folder: remove_files_of(os.getpid())])
 def test_a_folder_that_is_written_to_while_it_is_removed_is_gone(tmp_path, monkeypatch, removed):
     monkeypatch.setattr(memory_files, "_MEMORY", tmp_path)

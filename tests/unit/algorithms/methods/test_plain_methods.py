@@ -151,3 +151,8 @@ def test_kl_cov_picks_as_a_plain_loop_does() -> None:
     likeliest = sorted(trained, key=lambda at: -(logs[at] - mean_log) * (float(batch.rewards[at[0]]) - mean_reward))
     picked = set(likeliest[: int(0.3 * len(trained))])
     assert found == [[float((i, t) in picked) for t in range(length)] for i, length in enumerate(LENGTHS)]
+
+
+def test_gpg_without_a_comparison_takes_the_rewards_as_they_are() -> None:
+    section = AlgorithmConfig(advantage_estimator="gpg", disable_rewards_normalization=True)
+    assert build_method(section).rewards(random_batch()).tolist() == REWARDS
