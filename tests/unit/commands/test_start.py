@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import Qwen3Config
 
 from qwench.commands import start
 from qwench.commands.start import with_local_inputs
@@ -105,15 +106,18 @@ def test_the_first_row_of_each_file_has_the_column_of_its_prompt(tmp_path: Path)
             start._check_columns(Config(data=data, evaluation=evaluation))
 
 
-def test_a_dry_run_shows_what_was_given_and_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_shows_what_was_given_and_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Qwen3Config().save_pretrained(tmp_path)
     rollout = RolloutConfig(rollout_batch_size=8, num_rollout=2)
-    config = Config(rollout=rollout, data=DataConfig(prompt_data="a.jsonl"))
+    config = Config(rollout=rollout, data=DataConfig(prompt_data="a.jsonl"), model=ModelConfig(hf_checkpoint=tmp_path))
     for on_gpus, dtype in ((True, "bfloat16"), (False, "float32")):
         start._show(config, plan_run(config, QWEN3_4B, on_gpus=on_gpus))
         lines = capsys.readouterr().out.splitlines()
         plan = lines.index("plan")
         assert lines[:plan] == [
             "settings that differ from their defaults (--help-all lists the others)",
+            "model",
+            f"  --hf-checkpoint {tmp_path}",
             "data",
             "  --prompt-data a.jsonl",
             "rollout",
