@@ -10,9 +10,13 @@ from typing import Any, get_type_hints
 import pytest
 
 from qwench.config.config import Config
+from qwench.config.sections.agent import AgentConfig
+from qwench.config.sections.algorithm import AlgorithmConfig
+from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.convert import ConvertConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.config.sections.verbs import ServerConfig
@@ -176,3 +180,53 @@ def test_a_scale_without_a_judge_is_refused():
 def test_evaluation_sets_are_told_apart_by_more_than_case():
     with pytest.raises(ConfigError, match=r"names a set twice \(upper case is as lower case\): aime AIME$"):
         EvalConfig(eval_prompt_data=("aime", "x", "AIME", "y"))
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (CheckpointConfig, {"ref_ckpt_step": 5}, "--ref-ckpt-step (5) picks a checkpoint of --ref-load; give --ref-load"),
+        (
+            CheckpointConfig,
+            {"save": Path("s"), "early_stopping_patience": 2},
+            "--early-stopping-patience (2) counts the evaluations after the best one; give --keep-best",
+        ),
+        (
+            AlgorithmConfig,
+            {"use_tis": True, "tis_batch_normalize": True, "custom_tis_function_path": "a.b"},
+            "--custom-tis-function-path computes the weights that --tis-batch-normalize divides; leave one out",
+        ),
+        (
+            EvalConfig,
+            {"eval_num_gpus": 1, "eval_low_priority": True},
+            "--eval-low-priority has no effect on the engines of --eval-num-gpus; give one of them",
+        ),
+        (LoraConfig, {"lora_alpha": 8.0}, "--lora-alpha has no effect without adapters; give --lora-rank, or leave it out"),
+        (LoraConfig, {"lora_rank": 0, "lora_init": "pissa"}, "--lora-init has no effect without adapters"),
+        (
+            LoraConfig,
+            {"lora_adapter_path": Path("a")},
+            "--lora-adapter-path starts training from an adapter: give its --lora-rank",
+        ),
+        *(
+            (
+                ConvertConfig,
+                {"input": Path("a"), "output": Path("b"), "to": to, "verify": True, **more},
+                f"--verify compares logits bit by bit, and those of --to {to} are others; leave it out",
+            )
+            for to, more in (("fp8", {}), ("lora", {"lora_rank": 2}))
+        ),
+        (ServerConfig, {"port": 65_536}, "--port must be at most 65535, got 65536"),
+        (ServerConfig, {"num_gpus": 2, "lora": ("a=b",)}, "--lora needs an engine of one GPU, got --num-gpus 2"),
+        (ServerConfig, {"num_gpus": 2, "deterministic_mode": True}, "--deterministic-mode needs an engine of one GPU, got"),
+    ],
+)
+def test_a_value_that_another_one_makes_useless_is_refused(section, values, message):
+    with pytest.raises(ConfigError) as caught:
+        section(**values)
+    assert str(caught.value).startswith(message)
+
+
+def test_agents_are_served_on_this_machine_at_a_free_port_unless_flags_say_otherwise():
+    assert AgentConfig().served_at == ("127.0.0.1", 0)
+    assert AgentConfig(session_server_ip="10.0.0.1", session_server_port=(8000,)).served_at == ("10.0.0.1", 8000)

@@ -4,11 +4,9 @@ from pathlib import Path
 import pytest
 
 from qwench.config.config import Config
-from qwench.config.sections.agent import AgentConfig
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
-from qwench.config.sections.convert import ConvertConfig
 from qwench.config.sections.critic import CriticConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.debug import DebugConfig, ProfilingConfig
@@ -16,7 +14,6 @@ from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.logging import LoggingConfig
-from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
 from qwench.config.sections.reward import RewardConfig
@@ -236,36 +233,6 @@ REFUSED = [
     (EngineConfig, {"embedded_mem_fraction": 0.0}, "--embedded-mem-fraction must be greater than 0 and at most 1"),
     (CheckpointConfig, {"save_interval": 5}, "--save-interval (5) has no effect without a folder to save to; give --save"),
     (CheckpointConfig, {"ckpt_step": 5}, "--ckpt-step (5) picks a checkpoint of --load"),
-    (CheckpointConfig, {"ref_ckpt_step": 5}, "--ref-ckpt-step (5) picks a checkpoint of --ref-load; give --ref-load"),
-    (
-        CheckpointConfig,
-        {"save": Path("s"), "early_stopping_patience": 2},
-        "--early-stopping-patience (2) counts the evaluations after the best one; give --keep-best",
-    ),
-    (
-        AlgorithmConfig,
-        {"use_tis": True, "tis_batch_normalize": True, "custom_tis_function_path": "a.b"},
-        "--custom-tis-function-path computes the weights that --tis-batch-normalize divides; leave one out",
-    ),
-    (
-        EvalConfig,
-        {"eval_num_gpus": 1, "eval_low_priority": True},
-        "--eval-low-priority has no effect on the engines of --eval-num-gpus; give one of them",
-    ),
-    (LoraConfig, {"lora_alpha": 8.0}, "--lora-alpha has no effect without adapters; give --lora-rank, or leave it out"),
-    (LoraConfig, {"lora_rank": 0, "lora_init": "pissa"}, "--lora-init has no effect without adapters"),
-    (LoraConfig, {"lora_adapter_path": Path("a")}, "--lora-adapter-path starts training from an adapter: give its --lora-rank"),
-    *(
-        (
-            ConvertConfig,
-            {"input": Path("a"), "output": Path("b"), "to": to, "verify": True, **more},
-            f"--verify compares logits bit by bit, and those of --to {to} are others; leave it out",
-        )
-        for to, more in (("fp8", {}), ("lora", {"lora_rank": 2}))
-    ),
-    (ServerConfig, {"port": 65_536}, "--port must be at most 65535, got 65536"),
-    (ServerConfig, {"num_gpus": 2, "lora": ("a=b",)}, "--lora needs an engine of one GPU, got --num-gpus 2"),
-    (ServerConfig, {"num_gpus": 2, "deterministic_mode": True}, "--deterministic-mode needs an engine of one GPU, got"),
     (LoggingConfig, {"use_wandb": True}, "--use-wandb needs a project"),
     (DebugConfig, {"debug_rollout_only": True, "debug_train_only": True}, "--debug-rollout-only leaves no trainer"),
     (ServerConfig, {"port": 0}, "--port must be greater than 0"),
@@ -346,11 +313,6 @@ def test_a_section_keeps_values_at_the_edge(section, values):
 def test_nothing_writes_to_a_configuration():
     with pytest.raises(FrozenInstanceError):
         Config().optimizer.lr = 1.0
-
-
-def test_agents_are_served_on_this_machine_at_a_free_port_unless_flags_say_otherwise():
-    assert AgentConfig().served_at == ("127.0.0.1", 0)
-    assert AgentConfig(session_server_ip="10.0.0.1", session_server_port=(8000,)).served_at == ("10.0.0.1", 8000)
 
 
 def test_facts_that_sections_know_of_themselves():
