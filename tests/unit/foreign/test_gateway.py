@@ -1,13 +1,16 @@
 """The address with SGLang's API, and what functions reach through it."""
 
 import asyncio
+import re
 import socket
 from argparse import Namespace
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
+from aiohttp import web
 
-from qwench.engines.protocol import SamplingParams
+from qwench.engines.protocol import FinishReason, GenerateResult, SamplingParams
 from qwench.errors import ConfigError, EngineError
 from qwench.foreign import session
 from qwench.foreign.gateway import CURRENT_CALL, Call, Gateway
@@ -78,6 +81,69 @@ def test_an_answer_has_the_form_of_sglangs():
     with_gateway(check)
 
 
+@pytest.mark.parametrize(
+    ("text", "words", "said"),
+    [
+        ("", {}, "sto\0p"),
+        ("", {"skip_special_tokens": True}, "stop"),
+        ("kept", {}, "kept"),
+        ("stop", {"stop": "p"}, "sto"),
+        ("stop", {"stop": "p", "no_stop_trim": True}, "stop"),
+    ],
+)
+def test_an_answer_without_text_is_decoded_and_one_with_text_is_trimmed_as_the_request_says(text, words, said):
+    async def check(gateway, engine):
+        async def generate(request):
+            ids, matched = tuple(map(ord, "sto\0p")), request.sampling.stop[0] if request.sampling.stop else None
+            ends = {"finish_reason": FinishReason.STOP, "matched": matched, "weight_versions": (1, 2, 3, 4, 5)}
+            return GenerateResult(request_id=request.request_id, output_ids=ids, log_probs=(-1.0,) * 5, text=text, **ends)
+
+        engine.generate = generate
+        call = Call(requests=Requests(engine))
+        CURRENT_CALL.set(call)
+        words_of_engine = {"skip_special_tokens": False, **words}
+        assert (await gateway.answer({**PAYLOAD, "sampling_params": words_of_engine}))["text"] == said
+        assert call.versions == [5]
+
+    with_gateway(check)
+
+
+def test_requests_under_way_end_with_the_gateway_or_when_it_is_asked():
+    ended = []
+
+    async def check(gateway, engine):
+        async def end() -> None:
+            ended.append(gateway.url)
+
+        gateway.requests = SimpleNamespace(abort_in_flight=end)
+        await post(f"{gateway.url}/abort_request", {})
+        assert ended == [gateway.url]
+
+    with_gateway(check)
+    assert len(ended) == 2
+    with pytest.raises(EngineError, match="was not reached in 1 tries"):
+        asyncio.run(post(ended[0], {}, max_retries=0))
+
+
+def test_agents_reach_their_sessions_at_an_address_of_their_own_that_must_be_free():
+    async def check(gateway, engine):
+        for host, shown in (("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1")):
+            own = Gateway(engine, Tokenizer(), max_tokens=100, agents_at=(host, 0))
+            await own.open()
+            url = own.open_session("a", None)
+            assert re.fullmatch(rf"http://{shown}:\d+/sessions/a", url) and f":{own.port}/" not in url
+            own.close_session("a")
+            await own.close()
+        assert gateway.open_session("b", None) == f"{gateway.url}/sessions/b"
+        taken = Gateway(engine, Tokenizer(), max_tokens=100, agents_at=("127.0.0.1", gateway.port))
+        said = f"--session-server-ip 127.0.0.1 --session-server-port {gateway.port}: "
+        with pytest.raises(EngineError, match=f"^{said}.*"):
+            await taken.open()
+        await taken.close()
+
+    with_gateway(check)
+
+
 def test_clients_of_their_own_reach_it_over_the_wire():
     async def check(gateway, engine):
         async with aiohttp.ClientSession() as client:
@@ -114,6 +180,10 @@ def test_pages_of_a_browser_and_broken_bodies_are_refused(headers, body, status)
             for path in ("/generate", "/abort_request") if status == 403 else ("/generate",):
                 async with client.post(f"{gateway.url}{path}", data=body, headers=headers) as reply:
                     assert reply.status == status
+                    if status != 413:
+                        assert list((await reply.json())["error"]) == ["message"]
+            async with client.post(f"{gateway.url}/sessions/x/chat/completions", headers=headers) as reply:
+                assert reply.status == 404, "agents may run on other machines"
 
     with_gateway(check)
 
@@ -124,6 +194,38 @@ def test_a_server_that_is_not_there_is_asked_as_often_as_wanted(monkeypatch):
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/generate"
     with pytest.raises(EngineError, match=rf"{url} was not reached in 3 tries: "):
         asyncio.run(post(url, PAYLOAD, max_retries=2))
+
+
+async def asked_of_a_server_that_hangs_up(times: int, ask) -> tuple[object, list[tuple[str, str, str | None]]]:
+    """Return the answer to `ask(url)` and the requests that came; the first `times` get none."""
+    came = []
+
+    async def answer(http: web.Request) -> web.Response:
+        came.append((http.method, await http.text(), http.headers.get("X-Mine")))
+        if len(came) <= times:
+            http.transport.close()
+        return web.json_response({"tries": len(came)})
+
+    runner = web.AppRunner(web.Application())
+    runner.app.router.add_route("*", "/", answer)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        return await ask(f"http://127.0.0.1:{runner.addresses[0][1]}/"), came
+    finally:
+        await runner.cleanup()
+
+
+def test_what_found_no_answer_is_sent_again_as_it_was(monkeypatch):
+    monkeypatch.setattr(session, "_RETRY_S", 0.0)
+    words = {"headers": {"X-Mine": "1"}, "action": "patch"}
+    patched = asyncio.run(asked_of_a_server_that_hangs_up(2, lambda url: post(url, {"a": 1}, max_retries=2, **words)))
+    assert patched == ({"tries": 3}, [("PATCH", '{"a": 1}', "1")] * 3)
+    posted = asyncio.run(asked_of_a_server_that_hangs_up(3, lambda url: post(url, {"a": 1})))
+    assert posted == ({"tries": 4}, [("POST", '{"a": 1}', None)] * 4)
+    assert asyncio.run(asked_of_a_server_that_hangs_up(1, session.get)) == ({"tries": 2}, [("GET", "", None)] * 2)
+    with pytest.raises(EngineError, match="was not reached in 2 tries"):
+        asyncio.run(asked_of_a_server_that_hangs_up(9, session.get))
 
 
 def test_a_server_that_does_not_answer_is_not_asked_again(monkeypatch):
@@ -143,12 +245,22 @@ def test_requests_of_a_generate_call_are_its_own_and_end_with_the_rollout():
         state = GenerateState(current_session().args)
         assert not state.aborted and state is GenerateState(current_session().args)
         assert state.sampling_params["max_new_tokens"] == 8 and state.semaphore._value == 4
+        assert (state.remaining_batch_size, state.pendings) == (0, set())
         state.remaining_batch_size = 3
         state.reset()
         assert (state.remaining_batch_size, state.pendings) == (0, set())
         call.requests.aborting = True
         answer = await post(f"{gateway.url}/generate", PAYLOAD)
         assert (answer["meta_info"]["finish_reason"]["type"], answer["output_ids"], state.aborted) == ("abort", [], True)
+
+    with_gateway(check)
+
+
+@pytest.mark.parametrize(("engines", "concurrency", "room"), [(3, 4, 12), (0, 4, 4), (2, 0, 1)])
+def test_a_state_has_room_for_the_requests_of_all_engines(engines, concurrency, room):
+    async def check(gateway, engine):
+        args = Namespace(sglang_server_concurrency=concurrency, rollout_num_engines=engines)
+        assert GenerateState(args).semaphore._value == room
 
     with_gateway(check)
 

@@ -34,8 +34,10 @@ def rewarded(*rewards):
 
 def test_filters_of_the_references_keep_what_theirs_keep():
     # torch.tensor([0.5, 0.5 + 1e-6]).std() is 7.1e-7: not above 1e-6
-    dropped = DynamicFilterOutput(keep=False, reason="zero_std_0.5")
-    assert check_reward_nonzero_std(ARGS, rewarded(0.5, 0.5 + 1e-6)) == dropped
+    dropped = DynamicFilterOutput(keep=False, reason="zero_std_0.7")
+    assert (
+        check_reward_nonzero_std(ARGS, rewarded(0.66, 0.66 + 1e-6)) == check_reward_nonzero_std(ARGS, rewarded(0.66)) == dropped
+    )
     assert check_reward_nonzero_std(ARGS, [rewarded(0.5, 0.5), rewarded(0.6)]).keep
     assert check_reward_nonzero_std_with_fallback(ARGS, rewarded(1, 1)) == DynamicFilterOutput(
         keep=False, reason="zero_std_1.0", keep_when_insufficient=True
