@@ -76,13 +76,23 @@ def test_samples_that_a_function_leaves_are_ours_as_they_were(session, function)
     assert ("mine" in rollout.metrics) is changed
 
 
-def test_the_built_in_evaluation_answers_all_sets(session):
-    def evaluate(args, rollout_id, data_source, evaluation=False):
-        output = generate_rollout(args, rollout_id, data_source, evaluation=True)
-        assert isinstance(output, RolloutFnEvalOutput)
-        output.data["easy"]["rewards"] = [reward * 2 for reward in output.data["easy"]["rewards"]]
-        return output
+def doubled(output):
+    assert isinstance(output, RolloutFnEvalOutput)
+    output.data["easy"]["rewards"] = [reward * 2 for reward in output.data["easy"]["rewards"]]
+    return output
 
+
+def doubles(args, rollout_id, data_source, evaluation=False):
+    return doubled(generate_rollout(args, rollout_id, data_source, evaluation=True))
+
+
+class Doubles(InferenceRolloutFn):
+    async def _call_eval(self, input):  # noqa: A002  # the name tells the form
+        return doubled(await super()._call_eval(input))
+
+
+@pytest.mark.parametrize("function", [Doubles, doubles])
+def test_the_built_in_evaluation_answers_all_sets(session, function):
     async def run_set(name):
         samples = [finished("1", "1"), finished("2", "1")]
         samples[0].reward, samples[1].reward = 1.0, 0.0
@@ -90,7 +100,7 @@ def test_the_built_in_evaluation_answers_all_sets(session):
 
     async def measure():
         session(asyncio.get_running_loop())
-        return await Adapters(as_text=True).evaluate(evaluate, "mine")(["easy", "hard"], run_set)
+        return await Adapters(as_text=True).evaluate(function, "mine")(["easy", "hard"], run_set)
 
     metrics = asyncio.run(measure())
     assert (metrics["eval/easy"], metrics["eval/hard"]) == (1.0, 0.5)
@@ -108,11 +118,12 @@ def test_other_prompts_than_the_runs_are_refused(session):
         asyncio.run(roll())
 
 
-def test_outside_of_a_rollout_function_there_is_none(session):
+@pytest.mark.parametrize(("evaluating", "flag"), [(False, "--rollout-function-path"), (True, "--eval-function-path")])
+def test_outside_of_a_rollout_function_there_is_none(session, evaluating, flag):
     async def call():
         session(asyncio.get_running_loop())
         assert current_session().make_rollout is None
-        await asyncio.to_thread(generate_rollout, ARGS, 0, None)
+        await asyncio.to_thread(generate_rollout, ARGS, 0, None, evaluating)
 
-    with pytest.raises(QwenchError, match="is there for functions of --rollout-function-path"):
+    with pytest.raises(QwenchError, match=f"is there for functions of {flag}"):
         asyncio.run(call())

@@ -32,3 +32,11 @@ def test_labels_may_be_numbers(label):
     assert grade_answer("\\boxed{34}", label)
     assert grade_after_thinking("</think>\\boxed{34}", label) == 1
     assert not grade_answer("\\boxed{34}", "")
+
+
+@pytest.mark.parametrize(("stated", "right"), [("(x+1)^2", True), ("(x+2)^2", False), ("1", False)])
+def test_a_box_is_right_where_it_is_equal_or_sympy_says_so(stated, right):
+    label = "x^2+2x+1"
+    assert grade_answer(f"\\boxed{{{stated}}}", label) is right
+    assert grade_after_thinking(f"</think>\\boxed{{{stated}}}", label) == right
+    assert not grade_answer(label, label), "there is no box"

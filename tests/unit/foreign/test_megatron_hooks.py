@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from qwench.config.sections.foreign import ForeignConfig
-from qwench.foreign.megatron_hooks import AfterWrite, after_save, start_hooks
+from qwench.errors import ConfigError
+from qwench.foreign.megatron_hooks import AfterWrite, after_save, load_hooks, start_hooks
 from qwench.training.hooks import NO_HOOKS
 
 ARGS = Namespace(lr=1e-6)
@@ -78,6 +79,27 @@ def test_a_hook_alone_leaves_the_others_as_they_are(name):
     hooks.before_log_probs("")
     hooks.before_step(0, 0)
     assert len(CALLS) == 1
+
+
+NUM_ARGUMENTS = {
+    "custom_megatron_init_path": 1,
+    "custom_megatron_before_log_prob_hook_path": 3,
+    "custom_megatron_before_train_step_hook_path": 6,
+    "custom_megatron_post_save_hook_path": 4,
+    "custom_update_weight_post_write_path": 3,
+}
+
+
+@pytest.mark.parametrize("field", NUM_ARGUMENTS)
+def test_a_hook_of_another_number_of_arguments_is_refused_by_its_flag(field):
+    of_number = {1: "at_start", 3: "before_log_probs", 4: "saved", 6: "before_step"}
+    flag = "--" + field.replace("_", "-")
+    for number, name in of_number.items():
+        if number == NUM_ARGUMENTS[field]:
+            assert list(load_hooks(section(**{field: name}))) == [field]
+        else:
+            with pytest.raises(ConfigError, match=rf"^{flag} '.*{name}' has the signature .*, but is called as fn\(args"):
+                load_hooks(section(**{field: name}))
 
 
 def test_without_hooks_the_trainer_may_be_any():
