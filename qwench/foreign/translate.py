@@ -203,7 +203,7 @@ def _prompt(sample: ForeignSample, like: Sample | None, tokenizer: PreTrainedTok
 
 def _attributes(sample: ForeignSample) -> dict[str, Any]:
     """Return the attributes that are no fields, as far as a recording can hold them."""
-    names = set(sample.__dict__) - FIELDS - {"status", "prefix_cache_info"}
+    names = set(sample.__dict__) - FIELDS
     kept = {name: value for name in names if _is_json(value := sample.__dict__[name])}
     return {ATTRIBUTES: kept} if kept else {}
 

@@ -140,6 +140,7 @@ def test_the_references_own_source_has_the_order_of_the_runs(args):
     theirs = source.get_samples(3) + source.get_samples(5)
     assert [group[0].prompt for group in theirs] == [group.samples[0].prompt.text for group in ours]
     assert [group[1].index for group in theirs] == [group.samples[1].sample_id for group in ours]
+    assert [[one.group_index for one in group] for group in theirs] == [[number] * 2 for number in range(8)]
     assert len(source) == 5 and [group[0].label for group in theirs[:5]] != ["0", "1", "2", "3", "4"]
 
 
@@ -178,6 +179,17 @@ def test_groups_that_are_given_back_are_counted_and_what_is_noted_is_found(args)
     assert source.get_samples(1) == first[:1] and source.get_buffer_length() == 1
     with pytest.raises(RuntimeError, match="RolloutDataSource takes no samples; extend RolloutDataSourceWithBuffer"):
         RolloutDataSource(args).add_samples(first)
+
+
+def test_a_source_without_a_place_or_a_data_set_of_its_own_keeps_no_position(args, tmp_path):
+    args.load = None
+    RolloutDataSource(args).load(2)
+    args.rollout_global_dataset, args.load = False, str(tmp_path)
+    source = RolloutDataSource(args)
+    source.save(2)
+    source.load(2)
+    assert len(source) == 0 and not Path(args.save).exists()
+    assert [one.prompt for (one, _) in source.get_samples(1)] == [""]
 
 
 def test_a_run_without_the_state_of_its_source_does_not_begin_the_data_anew(args, tmp_path):

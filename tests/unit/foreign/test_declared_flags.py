@@ -21,7 +21,7 @@ def add(parser):
     parser.add_argument("--max_hops", type=int, default=3, help="Hops of one sample.")
     parser.add_argument("--my-tools", nargs="*", default=["a"])
     parser.add_argument("--my-switch", action="store_true")
-    parser.add_argument("--my-mode", choices=["x", "-y"], default="x")
+    parser.add_argument("-m", "--my-mode", choices=["x", "-y"], default="x")
     {more}
 
 generate.add_arguments = add
@@ -47,6 +47,7 @@ def test_another_process_names_the_flags_and_shows_their_help(path):
     declared = ask_functions([path])
     assert declared.names == NAMES.names
     assert "--max_hops MAX_HOPS" in declared.help and "Hops of one sample." in declared.help
+    assert declared.help.splitlines()[0] == "usage: ", "the flags of the run are not shown here"
 
 
 def test_values_are_parsed_as_the_function_declares_them(path):

@@ -32,6 +32,9 @@ def write(folder: Path, text: str) -> str:
     ("text", "foreign"),
     [
         ("def fn(sample): ...", False),
+        ("fn = max", False),
+        ("def fn(): ...", False),
+        ("import slime\ndef fn(): ...", False),
         ("async def fn(sample, context): ...", False),
         ("def fn(args, sample, **kwargs): ...", True),
         ("async def fn(input): ...", True),
@@ -124,3 +127,14 @@ def test_every_stand_in_can_be_imported():
 def test_compiled_code_tells_no_signature_and_is_accepted():
     check_signature(max, "mine.fn", flag=FLAG, called_as="fn(args, sample)", num_arguments=2)
     assert not takes(max, "evaluation")
+
+
+def test_a_keyword_is_taken_by_its_name_or_with_all_others():
+    named = [lambda args, evaluation: None, lambda args, **more: None, lambda args, *more: None]
+    assert [takes(function, "evaluation") for function in named] == [True, True, False]
+
+
+@pytest.mark.parametrize(("text", "said"), [("fn = 3", "is no function but a int"), ("other = 3", "has no 'fn'")])
+def test_what_cannot_be_loaded_is_refused_by_its_flag(tmp_path, text, said):
+    with pytest.raises(ConfigError, match=f"^{FLAG} .*{said}"):
+        load(write(tmp_path, text), flag=FLAG)

@@ -163,6 +163,17 @@ def own_reduction(loss, kept, micro_batch):
     return loss.where(kept, 0.0).sum() / 10
 
 
+def test_functions_of_their_convention_are_called_with_the_flags():
+    module, rollout = "tests.unit.foreign.test_losses", make_rollout(off_policy=1.0)
+    correct = load_correction(f"{module}.truncate", "auto", lambda: "the args")
+    reduce = load_reduction(f"{module}.mean_of_samples", "auto", per_token=False)
+    own, built_in = (
+        learn(rollout, use_tis=True, user_terms=UserTerms(correct=correct, reduce=reduce)),
+        learn(rollout, use_tis=True),
+    )
+    torch.testing.assert_close(own[0].table, built_in[0].table)
+
+
 def test_functions_of_our_convention_are_called_with_columns():
     module = "tests.unit.foreign.test_losses"
     rollout = make_rollout(off_policy=1.0)
@@ -183,8 +194,14 @@ def test_a_signature_that_cannot_be_called_is_refused_before_a_run():
     module = "tests.unit.foreign.test_losses"
     with pytest.raises(ConfigError, match=r"--custom-tis-function-path .*cannot be called as fn\(args=, pg_loss="):
         load_correction(f"{module}.short", "auto", dict)
-    with pytest.raises(ConfigError, match=r"--custom-pg-loss-reducer-function-path .*is called as fn\(loss, kept"):
-        load_reduction(f"{module}.short", "auto", per_token=False)
+    for api, called_as in (("auto", r"fn\(loss, kept, micro_batch\)"), ("slime", r"fn\(total_lengths, response_lengths")):
+        with pytest.raises(ConfigError, match=f"^--custom-pg-loss-reducer-function-path .*is called as {called_as}"):
+            load_reduction(f"{module}.short", api, per_token=False)
+    for api, called_as in (("auto", r"fn\(args, batch, logits, sum_of"), ("qwench", r"fn\(log_probs, entropy, micro_batch\)")):
+        with pytest.raises(ConfigError, match=f"^--custom-loss-function-path .*is called as {called_as}"):
+            load_loss(f"{module}.short", api, dict)
+    with pytest.raises(ConfigError, match=r"^--custom-tis-function-path .*is called as fn\(loss, trainer_log_probs, rollout_"):
+        load_correction(f"{module}.short", "qwench", dict)
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +235,12 @@ def trainer(folder: Path, *, logits: bool) -> FsdpTrainer:
 
 def clipped_loss(args, batch, logits, sum_of_sample_mean):
     """Return the clipped loss and the KL to the reference, from logits alone."""
+    assert batch["tokens"].tolist() == [torch.cat(batch["unconcat_tokens"]).tolist()]
+    assert torch.equal(torch.cat(batch["returns"]), torch.cat(batch["advantages"])) and batch["entropy"] is None
+    for name in ("loss_masks", "rollout_log_probs"):
+        assert [len(one) for one in batch[name]] == batch["response_lengths"]
+    assert [int(mask.sum()) for mask in batch["loss_masks"]] == [int(one) for one in batch["rollout_mask_sums"]]
+    assert all(mask.dtype == torch.int32 for mask in batch["loss_masks"])
     logits = logits.squeeze(0) / args.rollout_temperature
     log_probs, end = [], 0
     for tokens, total, length in zip(batch["unconcat_tokens"], batch["total_lengths"], batch["response_lengths"], strict=True):
@@ -235,7 +258,8 @@ def clipped_loss(args, batch, logits, sum_of_sample_mean):
 def test_a_users_loss_from_logits_equals_the_built_in_one(process_group, model_folder):
     flags = {"global_batch_size": 4, "use_kl_loss": True, "kl_loss_coef": 0.5, "kl_loss_type": "low_var_kl"}
     args = Namespace(rollout_temperature=TEMPERATURE)
-    terms = UserTerms(loss=foreign_loss(clipped_loss, lambda: args), takes_logits=True)
+    loss, takes_logits = load_loss("tests.unit.foreign.test_losses.clipped_loss", "auto", lambda: args)
+    terms = UserTerms(loss=loss, takes_logits=takes_logits)
     rollout = make_rollout()
     _, built_in = learn(rollout, backend=trainer(model_folder, logits=False), **flags, **SMALL)
     own_flags = {**flags, "loss_type": "custom_loss", "custom_loss_function_path": "mine.loss", "user_terms": terms}
@@ -244,6 +268,14 @@ def test_a_users_loss_from_logits_equals_the_built_in_one(process_group, model_f
     for ours, theirs in zip(built_in.steps, own.steps, strict=True):
         for name in ("train/loss", "train/pg_loss", "train/kl_loss", "train/grad_norm"):
             assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("answer", [None, torch.zeros(1), (1.0, {}), (torch.zeros(2), {}), (torch.zeros(1), {}, {})])
+def test_a_loss_of_another_shape_is_refused_with_the_flag(process_group, model_folder, answer):
+    terms = UserTerms(loss=foreign_loss(lambda *_: answer, dict), takes_logits=True)
+    flags = {"loss_type": "custom_loss", "custom_loss_function_path": "mine.loss", "user_terms": terms}
+    with pytest.raises(TrainingError, match=r"^--custom-loss-function-path must return a scalar tensor and a dict of metrics"):
+        learn(make_rollout(), backend=trainer(model_folder, logits=True), **flags, **SMALL)
 
 
 def mean_log_prob(log_probs, entropy, micro_batch):

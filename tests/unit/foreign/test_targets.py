@@ -82,7 +82,8 @@ def setting(advantages: object) -> TargetFunctions:
 
 
 def test_advantages_are_those_that_the_function_sets():
-    assert plain(setting([[1, float("nan")], torch.tensor([2.0])]).advantages(batch())) == [[1.0, 0.0], [2.0]]
+    set_ = setting([torch.tensor([1.5, float("nan")], dtype=torch.float64), [2]]).advantages(batch())
+    assert plain(set_) == [[1.5, 0.0], [2.0]] and {values.dtype for values in set_} == {torch.float32}
 
 
 @pytest.mark.parametrize(

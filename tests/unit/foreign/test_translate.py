@@ -34,6 +34,14 @@ def test_a_pending_sample_has_no_tokens_and_the_raw_row_without_a_template():
     assert to_foreign(pending, as_text=False).prompt == [{"role": "user", "content": "ab"}]
 
 
+@pytest.mark.parametrize("status", Status)
+def test_a_status_is_the_one_of_its_name(status):
+    facade = to_foreign(answered(status=status))
+    assert facade.status.value == status.value
+    back = from_foreign(facade, like=answered(), tokenizer=TOKENIZER)
+    assert (back.status, back.metadata) == (status, {"level": 3})
+
+
 def test_the_tools_of_a_row_are_found_in_the_metadata():
     tools = [{"type": "function", "function": {"name": "add"}}]
     pending = Sample(prompt=replace(PROMPT, tools=tools), sample_id=5, group_id=1, metadata={"level": 3})
@@ -78,6 +86,7 @@ def test_no_mask_means_that_all_tokens_are_trained_on_and_no_version_that_of_the
     back = from_foreign(made, like=answered(), tokenizer=TOKENIZER, version=7)
     assert (back.loss_mask, back.weight_versions, back.rollout_log_probs) == ([1, 1], [7, 7], [0.0, 0.0])
     assert back.status is Status.COMPLETED and back.reward is None
+    assert from_foreign(made, like=None, tokenizer=TOKENIZER).weight_versions == [0, 0]
 
 
 def test_a_prompt_that_was_replaced_is_the_one_in_front_of_the_response():
@@ -93,6 +102,14 @@ def test_a_record_of_a_reward_goes_there_and_back():
     back = from_foreign(facade, like=graded, tokenizer=TOKENIZER)
     assert (back.reward, back.verdict.extra) == (1.0, {"acc": 1, "score": 1.0})
     assert to_foreign(answered(reward=0.5, verdict=Verdict(score=0.5, reason="x"))).reward == 0.5
+    for record, score in (
+        ({"said": "x", "acc": 0.5, "len": 3}, 0.5),
+        ({"acc": 0.5, "score": 0.25}, 0.25),
+        ({"said": "x"}, None),
+    ):
+        facade.reward = record
+        back = from_foreign(facade, like=graded, tokenizer=TOKENIZER)
+        assert (back.reward, back.verdict and back.verdict.extra) == (score, score and record)
 
 
 def test_further_attributes_live_on_as_far_as_they_are_json():
