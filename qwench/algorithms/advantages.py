@@ -13,6 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from qwench.algorithms.columns import trained
 from qwench.errors import RewardError
 
 STD_EPS = 1e-6
@@ -178,8 +179,7 @@ def gae(
 
 def explained_variance(values: Sequence[Tensor], returns: Sequence[Tensor], loss_mask: Sequence[Tensor]) -> float:
     """Return 1 - var(return - value) / var(return) over trained tokens: 1 where values are right, 0 where they say nothing."""
-    value = torch.cat([column[mask] for column, mask in zip(values, loss_mask, strict=True)]).double()
-    target = torch.cat([column[mask] for column, mask in zip(returns, loss_mask, strict=True)]).double()
+    value, target = trained(values, loss_mask).double(), trained(returns, loss_mask).double()
     variance = float(target.var(correction=0)) if len(target) else 0.0
     return 1 - float((target - value).var(correction=0)) / variance if variance > 0 else 0.0
 
@@ -215,10 +215,10 @@ def whiten(advantages: Sequence[Tensor], loss_mask: Sequence[Tensor]) -> list[Te
         B x [R] float32, (advantage - mean) * rsqrt(variance + 1e-8) with Bessel's correction; with fewer than two trained
         tokens there is no variance and the advantages come back as they were.
     """
-    trained = torch.cat([advantage[mask] for advantage, mask in zip(advantages, loss_mask, strict=True)]).double()
-    if len(trained) < 2:
+    counted = trained(advantages, loss_mask).double()
+    if len(counted) < 2:
         return list(advantages)
-    mean, scale = trained.mean(), torch.rsqrt(trained.var(correction=1) + WHITEN_EPS)
+    mean, scale = counted.mean(), torch.rsqrt(counted.var(correction=1) + WHITEN_EPS)
     return [((advantage.double() - mean) * scale).to(torch.float32) for advantage in advantages]
 
 

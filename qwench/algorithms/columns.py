@@ -214,6 +214,11 @@ LossFunction = Callable[[Tensor, Tensor | None, MicroBatch], TokenLoss]
 """(log_probs [T] float32, entropy [T] float32 or None, micro_batch) -> TokenLoss."""
 
 
+def trained(columns: Sequence[Tensor], loss_mask: Sequence[Tensor]) -> Tensor:
+    """Return the [N] values of the trained tokens, sample after sample, of a column B x [R] whose mask is B x [R] bool."""
+    return torch.cat([column[mask] for column, mask in zip(columns, loss_mask, strict=True)])
+
+
 def _support(samples: Sequence[Sample], *, truncated: bool) -> tuple[list[Tensor] | None, list[Tensor] | None]:
     """Return counts and ids of the tokens that sampling kept; None where it cut nothing off."""
     if not truncated and not any(sample.support for sample in samples):
@@ -236,7 +241,7 @@ def _staleness(samples: Sequence[Sample], version: int) -> list[Tensor] | None:
         torch.tensor([version - of if of >= 0 else 0 for of in sample.weight_versions], dtype=torch.int64) for sample in samples
     ]
     masks = [torch.tensor(sample.loss_mask, dtype=torch.bool) for sample in samples]
-    return columns if any(bool(column[mask].any()) for column, mask in zip(columns, masks, strict=True)) else None
+    return columns if trained(columns, masks).any() else None
 
 
 def _parts(samples: Sequence[Sample]) -> Tensor | None:

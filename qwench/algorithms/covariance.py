@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qwench.algorithms.columns import trained
+
 
 def covariances(log_probs: Sequence[Tensor], advantages: Sequence[Tensor], loss_mask: Sequence[Tensor]) -> Tensor:
     """Return [N] float64 (log-prob - mean) * (advantage - mean) of the trained tokens of a rollout, sample after sample."""
-    first, second = _trained(log_probs, loss_mask).double(), _trained(advantages, loss_mask).double()
+    first, second = trained(log_probs, loss_mask).double(), trained(advantages, loss_mask).double()
     return (first - first.mean()) * (second - second.mean())
 
 
@@ -25,10 +27,6 @@ def pick_at_random(eligible: Tensor, loss_mask: Sequence[Tensor], *, share: floa
     candidates = eligible.nonzero().flatten()
     drawn = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
     return _at(candidates[drawn[: max(int(len(eligible) * share), 1)]], loss_mask)
-
-
-def _trained(columns: Sequence[Tensor], loss_mask: Sequence[Tensor]) -> Tensor:
-    return torch.cat([column[mask] for column, mask in zip(columns, loss_mask, strict=True)])
 
 
 def _at(positions: Tensor, loss_mask: Sequence[Tensor]) -> list[Tensor]:

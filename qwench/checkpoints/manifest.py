@@ -135,10 +135,10 @@ def _checksums(paths: list[Path]) -> dict[Path, int]:
     """Return the CRC-32 of each file; the files are read side by side."""
     threads = max(1, min(_MAX_THREADS, len(paths), usable_cores()))
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="checksum") as pool:
-        return dict(zip(paths, pool.map(_checksum, paths), strict=True))
+        return dict(pool.map(_with_checksum, paths))
 
 
-def _checksum(path: Path) -> int:
+def _with_checksum(path: Path) -> tuple[Path, int]:
     value, block = 0, bytearray(_BLOCK_BYTES)
     view = memoryview(block)
     try:
@@ -147,4 +147,4 @@ def _checksum(path: Path) -> int:
                 value = zlib.crc32(view[:count], value)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
-    return value
+    return path, value

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from qwench.config.devices import DevicePlan
 from qwench.config.sections.cluster import ClusterConfig
@@ -91,8 +91,8 @@ def order_of(seats: Sequence[Seat]) -> list[int]:
 def engine_places(seats: Sequence[Seat], *, sizes: Sequence[int], with_numbers: bool) -> list[EnginePlace]:
     """Divide the trainer's devices, in order of ranks, among engines; CPUs have no numbers."""
     places = []
-    for size, end in zip(sizes, accumulate(sizes), strict=True):
-        mine = seats[end - size : end]
+    for first, end in pairwise(accumulate(sizes, initial=0)):
+        mine = seats[first:end]
         assert len({seat.node_id for seat in mine}) == 1, f"an engine would span nodes: {mine}"
         devices = tuple(seat.device for seat in mine) if with_numbers else ()
         places.append(EnginePlace(node_id=mine[0].node_id, address=mine[0].address, devices=devices))

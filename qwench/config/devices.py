@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +118,10 @@ def _engine_sizes(config: Config, num_devices: int) -> tuple[int, ...]:
         return (per_engine,) * (num_devices // per_engine)
     sizes = read_engine_sizes(path, num_gpus=num_devices, default_size=per_engine)
     node = cluster.actor_num_gpus_per_node if cluster.shares_devices else cluster.num_gpus_per_node
-    for size, end in zip(sizes, accumulate(sizes), strict=True):
-        if (end - size) // node != (end - 1) // node:
+    for first, end in pairwise(accumulate(sizes, initial=0)):
+        if first // node != (end - 1) // node:
             raise ConfigError(
-                f"--sglang-config: {path}: an engine of {size} GPUs would span nodes of {node}; reorder the groups."
+                f"--sglang-config: {path}: an engine of {end - first} GPUs would span nodes of {node}; reorder the groups."
             )
     return sizes
 

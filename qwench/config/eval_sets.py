@@ -109,8 +109,8 @@ def eval_settings(evaluation: EvalConfig, rollout: RolloutConfig, data: DataConf
     by_flags = _by_flags(evaluation, rollout, data)
     if evaluation.eval_config is not None:
         return _read_file(evaluation.eval_config, by_flags, for_function=evaluation.eval_function_path is not None)
-    names, paths = evaluation.eval_prompt_data[::2], evaluation.eval_prompt_data[1::2]
-    return tuple(EvalSettings(name=name, path=path, **by_flags) for name, path in zip(names, paths, strict=True))
+    words = evaluation.eval_prompt_data
+    return tuple(EvalSettings(name=words[i], path=words[i + 1], **by_flags) for i in range(0, len(words), 2))
 
 
 def _by_flags(evaluation: EvalConfig, rollout: RolloutConfig, data: DataConfig) -> dict[str, Any]:

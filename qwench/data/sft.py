@@ -99,18 +99,15 @@ def load_sft(
     differing: list[str] = []
     num_too_long = num_untrained = 0
     for chunk in _chunks(read_rows(spec)):
-        conversations = [as_conversation(row, input_key=input_key, flag=flag) for row in chunk]
-        segmented = [
-            mask(messages, read_tools(row, tool_key), row.place) for messages, row in zip(conversations, chunk, strict=True)
-        ]
-        if derived is not mask:
-            differing += [
-                row.place
-                for messages, segments, row in zip(conversations, segmented, chunk, strict=True)
-                if _differs(segments, partial(derived, messages, read_tools(row, tool_key), row.place))
-            ]
-        token_ids = iter(tokenize(tokenizer, [segment.text for segments in segmented for segment in segments]))
-        for messages, segments in zip(conversations, segmented, strict=True):
+        masked = list[tuple[list[Message], list[Segment]]]()
+        for row in chunk:
+            messages, tools = as_conversation(row, input_key=input_key, flag=flag), read_tools(row, tool_key)
+            segments = mask(messages, tools, row.place)
+            if derived is not mask and _differs(segments, partial(derived, messages, tools, row.place)):
+                differing.append(row.place)
+            masked.append((messages, segments))
+        token_ids = iter(tokenize(tokenizer, [segment.text for _, segments in masked for segment in segments]))
+        for messages, segments in masked:
             example = _example(messages, segments, list(islice(token_ids, len(segments))))
             if example is None:
                 num_untrained += 1

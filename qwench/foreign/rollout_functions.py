@@ -132,9 +132,9 @@ class Adapters:
         check_signature(function, path, flag="--buffer-filter-path", called_as=called_as, num_arguments=4)
 
         def adapted(groups: Sequence[Group], num_groups: int) -> list[Group]:
-            buffer = [self._group(group) for group in groups]
-            of_facade = {id(facade): group for facade, group in zip(buffer, groups, strict=True)}
-            picked = function(current_session().args, None, buffer, num_groups)
+            buffer = [(self._group(group), group) for group in groups]
+            of_facade = {id(facade): group for facade, group in buffer}
+            picked = function(current_session().args, None, [facade for facade, _ in buffer], num_groups)
             return [of_facade[id(facade)] for facade in picked]
 
         return adapted
@@ -144,12 +144,15 @@ class Adapters:
         check_signature(function, path, flag="--rollout-sample-filter-path", called_as="fn(args, groups)", num_arguments=2)
 
         def adapted(groups: Sequence[Group]) -> list[Sample]:
-            facades = [self._group(group) for group in groups]
-            function(current_session().args, facades)
-            pairs = zip(groups, facades, strict=True)
-            return [
-                ours for group, facade in pairs for ours, one in zip(group.samples, facade, strict=True) if one.remove_sample
-            ]
+            pairs = [self._pairs(group) for group in groups]
+            given = [[facade for facade, _ in group] for group in pairs]
+            function(current_session().args, given)
+            if [[id(one) for one in group] for group in given] != [[id(one) for one, _ in group] for group in pairs]:
+                raise QwenchError(
+                    f"--rollout-sample-filter-path {path} must leave its lists as they are; set remove_sample of what is not "
+                    "trained on."
+                )
+            return [sample for group in pairs for facade, sample in group if facade.remove_sample]
 
         return adapted
 
@@ -234,13 +237,16 @@ class Adapters:
     ) -> theirs.RolloutFnTrainOutput:
         """Return the built-in rollout in their form; `originals` gets what each sample was made from."""
         rollout = await context.collect(rollout_id)
-        groups = [self._group(group) for group in rollout.groups]
-        for facades, group in zip(groups, rollout.groups, strict=True):
-            originals += zip(facades, group.samples, strict=True)
-        return theirs.RolloutFnTrainOutput(samples=groups, metrics=dict(rollout.metrics))
+        groups = [self._pairs(group) for group in rollout.groups]
+        originals += [pair for group in groups for pair in group]
+        samples = [[facade for facade, _ in group] for group in groups]
+        return theirs.RolloutFnTrainOutput(samples=samples, metrics=dict(rollout.metrics))
 
     def _group(self, group: Group) -> list[theirs.Sample]:
-        return [to_foreign(sample, as_text=self.as_text) for sample in group.samples]
+        return [facade for facade, _ in self._pairs(group)]
+
+    def _pairs(self, group: Group) -> list[tuple[theirs.Sample, Sample]]:
+        return [(to_foreign(sample, as_text=self.as_text), sample) for sample in group.samples]
 
 
 class DataSource:

@@ -136,7 +136,8 @@ def to_groups(
     for one in unnumbered:  # each is a separate execution
         one.index = next(free_samples)
     groups = dict[int, Group]()
-    for group, wanted in zip(answered, given, strict=True):
+    for group in answered:
+        wanted = getattr(group[0], "group_index", None)
         samples = [from_foreign(one, like=(made_from or {}).get(id(one)), tokenizer=tokenizer) for one in group]
         group_id = next(free) if wanted is None or wanted in groups else wanted
         for sample in samples:

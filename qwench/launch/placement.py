@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise, starmap
 from typing import Literal, Protocol
 
 import torch
@@ -84,10 +84,8 @@ class LocalProcesses:
     def make_servers(self, makers: Sequence[CommandMaker], *, sizes: Sequence[int]) -> Sequence[Server]:
         """See `Processes.make_servers`."""
         first = sum(self._bundles.trained) if self._bundles.engines else 0
-        return [
-            self._server(make, range(first + end - size, first + end))
-            for make, size, end in zip(makers, sizes, accumulate(sizes), strict=True)
-        ]
+        ranges = starmap(range, pairwise(accumulate(sizes, initial=first)))
+        return [self._server(make, devices) for make, devices in zip(makers, ranges, strict=True)]
 
     @property
     def has_gpus(self) -> bool:

@@ -135,8 +135,8 @@ def tp_join(rule: WeightRule, shards: Sequence[Tensor]) -> Tensor:
     if rule.tp_dim is None or len(shards) == 1:
         return shards[0]
     if rule.kind == "gate_up":
-        gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
-        return torch.cat([*gates, *ups])
+        halves = [shard.chunk(2) for shard in shards]
+        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
     return torch.cat(tuple(shards), dim=rule.tp_dim)
 
 

@@ -10,6 +10,7 @@ same advantages and returns.
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class CriticLink:
         """Return the columns that the rank `sender` has."""
         has = torch.tensor([getattr(batch, name) is not None for name in _SCORES], dtype=torch.uint8)
         self._group.broadcast(has, sender).wait()
-        names = [name for name, is_there in zip(_SCORES, has.tolist(), strict=True) if is_there]
+        names = [*compress(_SCORES, has.tolist())]
         if not names:
             return {}
         lengths = [len(mask) for mask in batch.loss_mask]

@@ -71,11 +71,11 @@ class CudnnAttention:
         num_tokens = _round_up(len(q_THK), TOKEN_MULTIPLE)
         deterministic = torch.are_deterministic_algorithms_enabled()
         graph, workspace = _backward_plan(q_THK.device, shape, num_tokens, scale, deterministic)
-        grads = torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(k_THK)
+        grad_q, grad_k, grad_v = torch.empty_like(q_THK), torch.empty_like(k_THK), torch.empty_like(k_THK)
         tensors = {_Q: q_THK, _K: k_THK, _V: v_THK, _O: output_THK, _DO: grad_THK, _STATS: saved}
-        tensors |= dict(zip((_DQ, _DK, _DV), grads, strict=True)) | self._borders(q_THK, k_THK, v_THK)
+        tensors |= {_DQ: grad_q, _DK: grad_k, _DV: grad_v} | self._borders(q_THK, k_THK, v_THK)
         _execute(graph, tensors, workspace)
-        return grads
+        return grad_q, grad_k, grad_v
 
     def _borders(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor) -> dict[int, Tensor]:
         """Return the lengths, and the element at which each sequence begins in queries, keys and values."""

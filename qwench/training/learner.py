@@ -17,7 +17,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from qwench.algorithms.columns import RolloutBatch
+from qwench.algorithms.columns import RolloutBatch, trained
 from qwench.algorithms.method import Method, Needs
 from qwench.config.plan import RunPlan
 from qwench.errors import TrainingError
@@ -254,8 +254,8 @@ def _check_equal_bits(batch: RolloutBatch, rollout_id: int) -> None:
     """
     if batch.rollout_log_probs is None or batch.old_log_probs is None:
         raise TrainingError(f"--true-on-policy-mode: rollout {rollout_id} brings no log-probs of the engine to compare with.")
-    columns = zip(batch.rollout_log_probs, batch.old_log_probs, batch.loss_mask, strict=True)
-    gaps = torch.cat([(engine - trainer)[mask].abs() for engine, trainer, mask in columns])
+    engine, trainer = trained(batch.rollout_log_probs, batch.loss_mask), trained(batch.old_log_probs, batch.loss_mask)
+    gaps = (engine - trainer).abs()
     if gaps.any():
         raise TrainingError(
             f"--true-on-policy-mode: in rollout {rollout_id} {int(gaps.count_nonzero())} of {len(gaps)} log-probs of the "

@@ -29,13 +29,13 @@ class HostCopy:
         # By address: a device takes memory anew when a storage is resized to the size that it has, once for each tensor in it.
         storages = {storage.data_ptr(): storage for storage in map(Tensor.untyped_storage, self._tensors)}
         self._storages = [(storage, storage.nbytes()) for storage in storages.values()]
-        self._copies = [to_host(tensor, dtype or tensor.dtype) for tensor in self._tensors]
+        self._copied = [(tensor, to_host(tensor, dtype or tensor.dtype)) for tensor in self._tensors]
         self._synchronize()
 
     @torch.no_grad()
     def load(self) -> None:
         """Write the copies into the tensors."""
-        for tensor, copy in zip(self._tensors, self._copies, strict=True):
+        for tensor, copy in self._copied:
             # Widen on the device: a copy that changes dtype on its way would be cast by the host, in pageable memory.
             same = copy.dtype == tensor.dtype
             tensor.copy_(copy if same else copy.to(tensor.device, non_blocking=True), non_blocking=True)
@@ -51,11 +51,11 @@ class HostCopy:
         Args:
             for_writing: what the context writes into the tensors is in the copies afterwards; these have the tensors' dtype.
         """
-        alike = all(copy.dtype == tensor.dtype for tensor, copy in zip(self._tensors, self._copies, strict=True))
+        alike = all(copy.dtype == tensor.dtype for tensor, copy in self._copied)
         assert alike or not for_writing, "what is written would be rounded"
         if not for_writing and (held := self._held_on_device()) is not None:
             self.load()
-            give_back: Callable[[], None] = partial(self._write, held)
+            give_back: Callable[[], None] = partial(self._write_back, held)
         elif alike:
             self._exchange()
             give_back = self._exchange
@@ -68,19 +68,19 @@ class HostCopy:
         finally:
             give_back()
 
-    def _held_on_device(self) -> list[Tensor] | None:
-        """Return the tensors' contents once more on the device; None: it has no room, or in too small pieces."""
+    def _held_on_device(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Return the tensors, each with its content once more on the device; None: it has no room, or in too small pieces."""
         free = free_bytes(self._tensors[0].device)
         if free is None or not has_room(sum(tensor.nbytes for tensor in self._tensors), free=free):
             return None
         try:
-            return [tensor.clone() for tensor in self._tensors]
+            return [(tensor, tensor.clone()) for tensor in self._tensors]
         except torch.OutOfMemoryError:
             return None
 
     @torch.no_grad()
-    def _write(self, contents: Sequence[Tensor]) -> None:
-        for tensor, content in zip(self._tensors, contents, strict=True):
+    def _write_back(self, held: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for tensor, content in held:
             tensor.copy_(content)
         self._synchronize()
 
@@ -91,7 +91,7 @@ class HostCopy:
         What leaves the device follows what arrives there by one tensor, so that both directions of the bus are busy.
         """
         leaving = torch.cuda.Stream(self._tensors[0].device) if self._tensors[0].is_cuda else None
-        for tensor, copy in zip(self._tensors, self._copies, strict=True):
+        for tensor, copy in self._copied:
             held = tensor.clone()
             tensor.copy_(copy, non_blocking=True)
             if leaving is None:

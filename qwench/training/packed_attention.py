@@ -139,6 +139,6 @@ def attend_padded(
 
 def _visible(query_lengths: Sequence[int], key_lengths: Sequence[int]) -> Tensor:
     """Return [S, 1, Lq, Lk] bool; padding queries see something too, so that their softmax is finite."""
-    earlier = torch.tensor([keys - queries for queries, keys in zip(query_lengths, key_lengths, strict=True)])
+    earlier = torch.tensor(key_lengths) - torch.tensor(query_lengths)
     last_seen = torch.arange(max(query_lengths)) + earlier[:, None]
     return (torch.arange(max(key_lengths)) <= last_seen[..., None])[:, None]

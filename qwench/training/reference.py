@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwench.algorithms.columns import MicroBatch, RolloutBatch
+from qwench.algorithms.columns import MicroBatch, RolloutBatch, trained
 from qwench.training.trainer import Scorer, Scores, Trainer
 
 
@@ -105,9 +105,8 @@ class PastPolicies:
             if batch.staleness is None
             else batch.staleness
         )
-        trained = torch.cat([age[mask] for age, mask in zip(ages, batch.loss_mask, strict=True)])
         scored = [torch.zeros(len(age)) for age in ages]
-        for age in sorted({*trained.tolist()}):
+        for age in sorted({*trained(ages, batch.loss_mask).tolist()}):
             columns = score(self._of(version - age, version))
             scored = [torch.where(own == age, new, old) for own, new, old in zip(ages, columns, scored, strict=True)]
         self._keep(version)

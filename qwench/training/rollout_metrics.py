@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from qwench.algorithms.advantages import explained_variance, sampled_reverse_kl
-from qwench.algorithms.columns import RolloutBatch
+from qwench.algorithms.columns import RolloutBatch, trained
 from qwench.samples import Sample, Status
 from qwench.training.trainer import StepResult
 
@@ -38,8 +37,8 @@ def rollout_metrics(samples: Sequence[Sample], batch: RolloutBatch) -> dict[str,
     if batch.overlong_penalties is not None:
         metrics["rollout/overlong_penalty"] = float(batch.overlong_penalties.double().mean())
     if batch.staleness is not None:
-        trained = torch.cat([old[mask].double() for old, mask in zip(batch.staleness, batch.loss_mask, strict=True)])
-        metrics |= {"rollout/staleness/mean": float(trained.mean()), "rollout/staleness/max": float(trained.max())}
+        ages = trained(batch.staleness, batch.loss_mask).double()
+        metrics |= {"rollout/staleness/mean": float(ages.mean()), "rollout/staleness/max": float(ages.max())}
     if batch.values is not None and batch.returns is not None:
         metrics["rollout/explained_variance"] = explained_variance(batch.values, batch.returns, batch.loss_mask)
     columns = {
@@ -100,9 +99,7 @@ def step_metrics(result: StepResult, step: RolloutBatch) -> dict[str, float]:
 
 def _is_fresh(step: RolloutBatch) -> bool:
     """Tell whether some trained token was sampled by the weights that train on it, so that there is a gap to measure."""
-    if step.staleness is None:
-        return True
-    return any(bool((old[mask] == 0).any()) for old, mask in zip(step.staleness, step.loss_mask, strict=True))
+    return step.staleness is None or bool((trained(step.staleness, step.loss_mask) == 0).any())
 
 
 def without_gap_to_engine(step: Mapping[str, float]) -> dict[str, float]:
@@ -137,7 +134,7 @@ def missing_signal(metrics: Mapping[str, float], step: RolloutBatch) -> str | No
         return "has no trained token: nothing was sampled, or all of it is masked; the step changed nothing"
     if step.advantages is None or metrics["train/grad_norm"] != 0:
         return None
-    if any(bool(values[mask].any()) for values, mask in zip(step.advantages, step.loss_mask, strict=True)):
+    if trained(step.advantages, step.loss_mask).any():
         return "has trained tokens with unequal rewards and gradient 0: the policy is dead, often after too high a --lr"
     return (
         "teaches nothing: every advantage is 0, as where the responses to each prompt have equal rewards; "

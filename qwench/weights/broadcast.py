@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -158,18 +159,17 @@ async def _join(device: torch.device, receivers: Sequence[Receiver], *, timeout_
     """Make the group, for tensors of this device."""
     # An engine that refuses to join answers here, before rank 0 waits for it.
     await _all(receiver.leave(GROUP_NAME) for receiver in receivers)
-    sizes = [receiver.num_ranks for receiver in receivers]
+    *firsts, size = accumulate((receiver.num_ranks for receiver in receivers), initial=1)
     address = address_towards([receiver.address.base_url for receiver in receivers])
     store, port = listening_store(address, timeout_s=timeout_s)
-    backend, size = backend_for(device), 1 + sum(sizes)
+    backend = backend_for(device)
 
     def join() -> WeightGroup:
         return WeightGroup(store, name=GROUP_NAME, rank=0, size=size, backend=backend, timeout_s=timeout_s)
 
-    ranks = [1 + sum(sizes[:index]) for index in range(len(sizes))]
     joining = [
         receiver.join(GROUP_NAME, address=address, port=port, rank=rank, size=size, backend=backend, timeout_s=timeout_s)
-        for receiver, rank in zip(receivers, ranks, strict=True)
+        for receiver, rank in zip(receivers, firsts, strict=True)
     ]
     group, *_ = await _all([asyncio.to_thread(join), *joining])
     assert isinstance(group, WeightGroup)

@@ -17,6 +17,8 @@ from enum import Enum
 from pathlib import Path, PosixPath
 from typing import IO, Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed.checkpoint.filesystem
 import torch.distributed.checkpoint.metadata
@@ -116,21 +118,22 @@ class DcpFolder:
     def _read_region(self, key: str, begin: Sequence[int], end: Sequence[int]) -> Tensor:
         """Return the elements from corner `begin` to corner `end`."""
         result: Tensor | None = None
-        sizes = [b - a for a, b in zip(begin, end, strict=True)]
+        first, last = _corner(begin), _corner(end)
+        sizes = (last - first).tolist()
         covered, wanted = 0, math.prod(sizes)
         for chunk in self._chunks[key]:
-            chunk_end = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
-            low = [max(a, b) for a, b in zip(begin, chunk.offsets, strict=True)]
-            high = [min(a, b) for a, b in zip(end, chunk_end, strict=True)]
-            if any(a >= b for a, b in zip(low, high, strict=True)) and wanted:
+            offsets = _corner(chunk.offsets)
+            chunk_end = offsets + _corner(chunk.sizes)
+            low, high = np.maximum(first, offsets), np.minimum(last, chunk_end)
+            if (low >= high).any() and wanted:
                 continue
             stored = self._read_chunk(key, chunk)
-            if list(chunk.offsets) == list(begin) and chunk_end == list(end):
+            if (offsets == first).all() and (chunk_end == last).all():
                 return stored
             if result is None:
                 result = torch.empty(sizes, dtype=self.tensors[key].dtype)
-            target = result[_slices(low, high, begin)]
-            target.copy_(stored[_slices(low, high, chunk.offsets)])
+            target = result[_slices(low - first, high - first)]
+            target.copy_(stored[_slices(low - offsets, high - offsets)])
             covered += target.numel()
         if result is None or covered != wanted:
             raise CheckpointError(f"{self.folder} holds {covered} of {wanted} elements of {key}; is it half-written?")
@@ -269,5 +272,9 @@ def _damage_named(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what} ({str(error) or type(error).__name__}).") from error
 
 
-def _slices(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
+def _corner(indices: Sequence[int]) -> npt.NDArray[np.int64]:
+    return np.array(indices, dtype=np.int64)
+
+
+def _slices(low: npt.NDArray[np.int64], high: npt.NDArray[np.int64]) -> tuple[slice, ...]:
+    return tuple(map(slice, low.tolist(), high.tolist()))

@@ -93,14 +93,12 @@ def read_yaml(config_flag: Occurrence) -> list[Occurrence]:
         ConfigError: it cannot be read, or names a flag twice.
     """
     path, content = read_mapping(config_flag)
-    names = [str(key).replace("_", "-") for key in content]
+    named = [(str(key).replace("_", "-"), value) for key, value in content.items()]
+    names = [name for name, _ in named]
     if len({*names}) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"--{config_flag.name}: {path} names {twice} twice, spelled with - and with _")
-    return [
-        Occurrence(name=name, values=yaml_words(value), origin=str(path))
-        for name, value in zip(names, content.values(), strict=True)
-    ]
+    return [Occurrence(name=name, values=yaml_words(value), origin=str(path)) for name, value in named]
 
 
 def read_mapping(config_flag: Occurrence) -> tuple[Path, dict[Any, Any]]:  # Any: YAML
@@ -321,7 +319,7 @@ def _is_typo(name: str, flag: str) -> bool:
     """Tell whether a name is a flag with slips within its words, without dashes, or without `use`; not with another word."""
     given, ours = name.split("-"), flag.split("-")
     if len(given) == len(ours):
-        return all(_is_slip(*pair) for pair in zip(given, ours, strict=True))
+        return all(map(_is_slip, given, ours))
     return ours == ["use", *given] or _likeness("".join(given), "".join(ours)) >= _JOINED
 
 

@@ -133,10 +133,12 @@ class EnginePool:
         Raises:
             WeightSyncError: one holds another version.
         """
-        held = await self._each(lambda engine: engine.weight_version())
-        for member, other in zip(self._members, held, strict=True):
-            if other != version:
+
+        async def check(member: Member) -> None:
+            if (other := await member.engine.weight_version()) != version:
                 raise WeightSyncError(f"{member.label} holds weight version {other}; {version} was published.")
+
+        await self._members.each(check)
 
     def run(
         self,

@@ -40,9 +40,9 @@ def qk_norm_rope_store(
     num_kv_heads, head_dim = keys.shape[2:]
     q_THK, k_THK, v_THK = (part.unflatten(-1, (-1, head_dim)) for part in qkv)
     if norms is not None:
-        q_THK, k_THK = (
-            functional.rms_norm(x, weight.shape, weight, eps) for x, weight in zip((q_THK, k_THK), norms, strict=True)
-        )
+        q_norm, k_norm = norms
+        q_THK = functional.rms_norm(q_THK, q_norm.shape, q_norm, eps)
+        k_THK = functional.rms_norm(k_THK, k_norm.shape, k_norm, eps)
     cos_T1K, sin_T1K = rope_table[positions].unsqueeze(1).chunk(2, dim=-1)
     keys.view(-1, num_kv_heads, head_dim).index_copy_(0, slots, rotate(k_THK, cos_T1K, sin_T1K))
     values.view(-1, num_kv_heads, head_dim).index_copy_(0, slots, v_THK)

@@ -183,9 +183,9 @@ class HostAdam(torch.optim.AdamW):
                 self._update_split(bucket, gradients)
                 continue
             self._update(bucket, gradients, self._cut_states(bucket, MASTER))
-            for span, master in zip(bucket, self._cut_states(bucket, MASTER), strict=True):
+            for span in bucket:
                 if span.param.dtype != torch.float32:
-                    span.of(span.param).copy_(master)
+                    span.of(span.param).copy_(span.of(self.state[span.param][MASTER]))
         if self._copies is not None:
             self._copies.run(self._host_buckets, gradient_of, self._update_on_host)
 
@@ -276,7 +276,7 @@ class HostAdam(torch.optim.AdamW):
 
     def _update_split(self, bucket: Sequence[Span], gradients: Sequence[Tensor]) -> None:
         """Step a bucket on the device whose masters are split, without the kernel."""
-        parts = [(span.of(span.param), rest) for span, rest in zip(bucket, self._cut_states(bucket, REST), strict=True)]
+        parts = [(span.of(span.param), span.of(self.state[span.param][REST])) for span in bucket]
         masters = [join(param, rest) for param, rest in parts]
         self._update(bucket, gradients, masters)
         for master, (param, rest) in zip(masters, parts, strict=True):
@@ -296,10 +296,9 @@ class HostAdam(torch.optim.AdamW):
         for group in self.param_groups:
             constants = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
             params = [param for param in group["params"] if param not in self._on_host]
-            states = [self.state[param] for param in params]
             parts = [
-                (param, state[REST], gradient_of(param), *(state[name] for name in MOMENTS))
-                for param, state in zip(params, states, strict=True)
+                (param, self.state[param][REST], gradient_of(param), *(self.state[param][name] for name in MOMENTS))
+                for param in params
             ]
             kernel.step(parts, num_steps=int(self._num_steps), **constants)
 

@@ -267,6 +267,15 @@ def test_functions_of_groups_are_given_all_of_them_and_choose_our_own(session):
     assert seen == [(ARGS, None, texts, 2), (ARGS, texts), (ARGS, texts, None), (ARGS, texts, len)]
 
 
+@pytest.mark.parametrize(
+    "spoil", [list.pop, list.reverse, lambda groups: groups[0].pop(), lambda groups: groups.append(groups[0])]
+)
+def test_a_sample_filter_that_changes_its_lists_is_refused(session, spoil):
+    find_removed = Adapters(as_text=True).find_removed(lambda args, groups: spoil(groups), "mine.fn")
+    with pytest.raises(QwenchError, match=r"--rollout-sample-filter-path mine\.fn must leave its lists as they are"):
+        find_removed(groups_of("ab", "cd"))
+
+
 def test_hooks_see_each_sample_in_turn_and_what_they_return_takes_its_place(session):
     seen = []
 

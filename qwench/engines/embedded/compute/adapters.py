@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -223,7 +224,7 @@ class AdapterStore:
         if not abs(scale) <= torch.finfo(self._dtype).max:
             raise EngineError(f"adapter {name!r} is multiplied by {scale:g}, which is no number of {self._dtype}.")
         if not finite.all():
-            broken = next(matrix for matrix, is_finite in zip(matrices, finite.tolist(), strict=True) if not is_finite)
+            broken = next(compress(matrices, finite.logical_not().tolist()))
             raise EngineError(f"adapter {name!r} holds numbers that are not finite in {self._dtype}, in {broken}.")
         for (matrix, held), number in zip(matrices.items(), largest.tolist(), strict=True):
             if matrix.endswith(A) and number * held.shape[1] * _LARGEST_INPUT > torch.finfo(self._dtype).max:

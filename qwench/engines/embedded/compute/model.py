@@ -150,7 +150,7 @@ class DecoderModel:
 
     def scores(self, hidden: Hidden, tokens: Tensor, labels: Tensor, scoring: Scoring) -> Tensor:
         """Return what `scoring` wants of the packed tokens, a few at a time: their logits may not fit into memory at once."""
-        pairs = zip(tokens.split(SCORED_AT_ONCE), labels.split(SCORED_AT_ONCE), strict=True)
+        pairs = torch.stack((tokens, labels)).split(SCORED_AT_ONCE, dim=1)
         return torch.cat([score_rows(self.logits(hidden, some).log_softmax(-1), after, scoring) for some, after in pairs])
 
     def _add_norm(self, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, *, buffer: int) -> tuple[Tensor, Tensor]:

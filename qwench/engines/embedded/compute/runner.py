@@ -63,9 +63,7 @@ class InFlight:
         """Start to copy what was drawn and scored to the host."""
         if not drawn.is_cuda:
             return cls(plan=plan, requests=requests, drawn=drawn, arrived=None, support=support, scores=scores)
-        hosts = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in (drawn, *scores)]
-        for host, one in zip(hosts, (drawn, *scores), strict=True):
-            host.copy_(one, non_blocking=True)
+        hosts = [_copied_to_host(one) for one in (drawn, *scores)]
         arrived = torch.cuda.Event()
         arrived.record()
         return cls(plan=plan, requests=requests, drawn=hosts[0], arrived=arrived, support=support, scores=hosts[1:])
@@ -213,7 +211,7 @@ class Runner:
         batch = decoder.builder.build(step, decoder.last_tokens, with_rows=has_adapters)
         logits, scores = decoder.forward(batch, step.scorings)
         if step.page_copies:
-            sources, targets = to_device([np.array(side) for side in zip(*step.page_copies, strict=True)], self._device)
+            sources, targets = to_device([*np.array(step.page_copies).T], self._device)
             decoder.kv_cache.copy_pages(sources.long(), targets.long())
         if step.logit_rows is not None:
             logits = logits[to_device([step.logit_rows], self._device)[0]]
@@ -278,3 +276,9 @@ class Runner:
                 warmed=self._warmed_buckets,
             )
         return self._decoder
+
+
+def _copied_to_host(tensor: Tensor) -> Tensor:
+    """Begin to copy a tensor of a GPU into pinned memory."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
