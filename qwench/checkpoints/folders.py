@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwench.checkpoints.formats.dcp_reader import METADATA, DcpFolder
-from qwench.checkpoints.formats.iterations import POINTER, Iterations
+from qwench.checkpoints.formats.iterations import POINTER, Iterations, number_of
 from qwench.checkpoints.formats.sources import (
     WeightSource,
     find_checkpoint,
@@ -94,13 +94,15 @@ def check_load_folder(config: CheckpointConfig, identity: Mapping[str, Json]) ->
 
     Raises:
         ConfigError: --load has no checkpoint, and is not the folder of --save, and --ref-load is not given. Or it lacks the
-            one of --ckpt-step. Or its checkpoint is of another model or algorithm.
+            one of --ckpt-step, or is itself one. Or its checkpoint is of another model or algorithm.
     """
     if config.load is None:
         return
     if foreign_checkpoint(config) is not None:
         return
     found = Iterations(config.load).newest_first()
+    if not found and _has_our_manifest(config.load):
+        raise ConfigError(f"--load {config.load} is one checkpoint of a run{_what_serves(config.load)}")
     if config.ckpt_step is not None and not Iterations(config.load).folder(config.ckpt_step).is_dir():
         raise ConfigError(
             f"--load {config.load} has no checkpoint of --ckpt-step {config.ckpt_step}; it has {found or 'none'}."
@@ -113,6 +115,17 @@ def check_load_folder(config: CheckpointConfig, identity: Mapping[str, Json]) ->
     if (config.load / MARKER).is_file():
         written = _written_identity(config.load, flag="--load")
         check_identity(written or {}, identity, what=f"--load {config.load}")
+
+
+def _what_serves(one: Path) -> str:
+    """Return what is damaged of a lone checkpoint, and what --load takes."""
+    number = number_of(one)
+    given = "the folder of the run" if number is None else f"--load {one.parent} --ckpt-step {number}"
+    try:
+        read_manifest(one, with_content=False)
+    except CheckpointError as error:
+        return f", and damaged: {error}; give the folder of a run with whole checkpoints."
+    return f"; give {given}, or leave --load out to start from --hf-checkpoint."
 
 
 def check_all_is_here(folder: Path) -> None:

@@ -9,7 +9,6 @@ Its order of rows is ours: `random.Random(seed + epoch).shuffle`. A checkpoint n
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Protocol
 
 from qwench.checkpoints.folders import foreign_checkpoint
 from qwench.checkpoints.formats.dcp_reader import DcpFolder, load_data
-from qwench.checkpoints.formats.iterations import Iterations
+from qwench.checkpoints.formats.iterations import Iterations, number_of
 from qwench.checkpoints.formats.sources import find_checkpoint, find_format
 from qwench.checkpoints.formats.torch_dist import read_num_steps
 from qwench.config.sections.checkpoint import CheckpointConfig
@@ -26,7 +25,6 @@ from qwench.samples import Json
 from qwench.wire.portions import WeightBucket
 
 _logger = logging.getLogger(__name__)
-_ITERATION = re.compile(r"iter_(\d{7})")
 _CURSOR = {"epoch_id": "epoch", "sample_offset": "offset", "sample_group_index": "group_index", "sample_index": "sample_index"}
 """Entry of theirs -> of a `DataCursor`."""
 
@@ -66,10 +64,9 @@ def read_reference_run(config: CheckpointConfig) -> ReferenceRun | None:
         ConfigError: its optimizer depends on the layout that it was saved from, or its data position cannot be read.
     """
     folder = foreign_checkpoint(config)
-    named = None if folder is None else _ITERATION.fullmatch(folder.name)
-    if folder is None or named is None or config.finetune:
+    rollout_id = None if folder is None else number_of(folder)
+    if folder is None or rollout_id is None or config.finetune:
         return None
-    rollout_id = int(named[1])
     try:
         steps = read_num_steps(DcpFolder(folder)) if find_format(folder) == "torch_dist" and not config.no_load_optim else None
     except CheckpointError as error:

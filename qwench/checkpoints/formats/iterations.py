@@ -28,6 +28,12 @@ _REPLACED = ".replaced"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
+def number_of(folder: Path) -> int | None:
+    """Return the number in the name of a checkpoint's folder; None: there is none."""
+    named = _NAME.fullmatch(folder.name)
+    return None if named is None else int(named[1])
+
+
 class Iterations:
     """Checkpoint folders under one root; only the main rank calls what changes them."""
 
@@ -102,8 +108,8 @@ class Iterations:
         return self.root / f"{self.folder(iteration).name}{suffix}"
 
     def _numbers(self) -> list[int]:
-        names = [path.name for path in self.root.iterdir() if path.is_dir()] if self.root.is_dir() else []
-        return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+        folders = [path for path in self.root.iterdir() if path.is_dir()] if self.root.is_dir() else []
+        return sorted(number for folder in folders if (number := number_of(folder)) is not None)
 
     def _latest(self) -> int | None:
         """Return what the pointer says; None where there is none that can be read."""
