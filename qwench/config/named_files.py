@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from qwench.config.config import Config
@@ -17,6 +19,22 @@ from qwench.hub import find_reference
 from qwench.models.architecture import MODEL_TYPES
 
 _SLICE = re.compile(r"@\[[^\]]*\]$")
+
+
+def check_all(*checks: Callable[[], object]) -> None:
+    """Make every check, so that all that is missing is named at once.
+
+    Raises:
+        ConfigError: what they refuse, one after the other.
+    """
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("; also ".join(problems))
 
 
 def check_checkpoint(model: ModelConfig) -> None:
@@ -66,12 +84,12 @@ def check_eval_data(config: Config) -> None:
     """Check that the files of all evaluation sets are there.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: some are not.
     """
     evaluation = config.evaluation
     flag = "--eval-prompt-data" if evaluation.eval_config is None else f"--eval-config: {evaluation.eval_config}"
-    for one in eval_settings(evaluation, config.rollout, config.data):
-        check_data_file(flag, one.path)
+    sets = eval_settings(evaluation, config.rollout, config.data)
+    check_all(*(partial(check_data_file, flag, one.path) for one in sets))
 
 
 def check_data_file(flag: str, spec: str) -> None:
@@ -93,14 +111,20 @@ def check_starting_point(checkpoint: CheckpointConfig) -> None:
     """Check that --load and --ref-load have something to start from.
 
     Raises:
-        ConfigError: one has not.
+        ConfigError: they have not.
     """
-    reference = checkpoint.ref_load
+    check_all(partial(_check_reference, checkpoint.ref_load), partial(_check_load, checkpoint))
+
+
+def _check_reference(reference: Path | None) -> None:
     if reference is not None and not reference.is_dir() and find_reference(str(reference), "model") is None:
         raise ConfigError(
             f"--ref-load: there is no folder {reference}; give that of --hf-checkpoint, or write this one with "
             "`qwench convert --to torch_dist`"
         )
+
+
+def _check_load(checkpoint: CheckpointConfig) -> None:
     if checkpoint.load is not None and checkpoint.load.is_file():
         raise ConfigError(f"--load: {checkpoint.load} is a file; give the folder of a run or of a checkpoint")
     is_empty = checkpoint.load is not None and (not checkpoint.load.is_dir() or not any(checkpoint.load.iterdir()))

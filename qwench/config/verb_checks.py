@@ -7,10 +7,12 @@ the verb. Nothing is loaded here.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from qwench.config.config import Config
 from qwench.config.eval_sets import eval_settings
 from qwench.config.named_files import (
+    check_all,
     check_checkpoint,
     check_data_file,
     check_eval_data,
@@ -72,7 +74,8 @@ def check_eval(config: Config) -> None:
     Raises:
         ConfigError: flags are missing, all named at once, or a file that one names is not there.
     """
-    check_eval_data(config)
+    model = [] if config.model.hf_checkpoint is None else [partial(check_checkpoint, config.model)]
+    check_all(*model, partial(check_eval_data, config))
     has_sets = config.evaluation.has_sets
     lengths = [one.max_response_len for one in eval_settings(config.evaluation, config.rollout, config.data)]
     if not has_sets:
@@ -82,7 +85,6 @@ def check_eval(config: Config) -> None:
         "--eval-prompt-data or --eval-config": has_sets,
         "--eval-max-response-len": None not in lengths,
     })  # fmt: skip
-    check_checkpoint(config.model)
     check_outputs(config)
 
 
@@ -130,9 +132,11 @@ def _reads_prompts(config: Config) -> bool:
 
 def _check_files(config: Config) -> None:
     """Check the files that the flags of training name."""
-    check_checkpoint(config.model)
-    if _reads_prompts(config) and config.data.prompt_data is not None:
-        check_data_file("--prompt-data", config.data.prompt_data)
-    check_eval_data(config)
-    check_starting_point(config.checkpoint)
-    check_outputs(config)
+    data = config.data.prompt_data if _reads_prompts(config) else None
+    check_all(
+        partial(check_checkpoint, config.model),
+        *([] if data is None else [partial(check_data_file, "--prompt-data", data)]),
+        partial(check_eval_data, config),
+        partial(check_starting_point, config.checkpoint),
+        partial(check_outputs, config),
+    )

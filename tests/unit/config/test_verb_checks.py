@@ -189,3 +189,24 @@ def test_a_file_is_no_run_to_load(files):
     (files / "weights.pt").touch()
     with pytest.raises(ConfigError, match=r"^--load: .*weights\.pt is a file; give the folder of a run or of a checkpoint"):
         parse_run("train", [*flat(words_of(files)), "--load", str(files / "weights.pt")])
+
+
+def test_all_that_is_missing_is_named_at_once(files):
+    words = words_of(files) | {
+        "--hf-checkpoint": ["/gone/model"],
+        "--prompt-data": ["gone/a.jsonl"],
+        "--ref-load": ["/gone/ref"],
+    }
+    words |= {"--eval-prompt-data": ["x", "gone/x.jsonl", "y", "gone/y.jsonl"], "--load": [str(files / "train.jsonl")]}
+    with pytest.raises(ConfigError) as refused:
+        parse_run("train", flat(words))
+    assert [problem.partition(";")[0] for problem in str(refused.value).split("; also ")] == [
+        "--hf-checkpoint: there is no folder /gone/m",
+        "--prompt-data: there is no file gone/a.jsonl",
+        "--eval-prompt-data: there is no file gone/x.jsonl",
+        "--eval-prompt-data: there is no file gone/y.jsonl",
+        "--ref-load: there is no folder /gone/ref",
+        f"--load: {files / 'train.jsonl'} is a file",
+    ]
+    with pytest.raises(ConfigError, match=r"--hf-checkpoint: there is no folder /gone/m; .*; also --eval-prompt-data: there"):
+        parse_run("eval", ["--hf-checkpoint", "/gone/m", "--eval-prompt-data", "x", "gone/x.jsonl"])
