@@ -1,6 +1,11 @@
 """Errors that cross module borders; every message says what, got, why and what to do."""
 
 
+def counted(count: int, noun: str) -> str:
+    """Return such as `1 step` and `2,000 steps`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 class QwenchError(Exception):
     """Base of all errors raised on purpose."""
 

@@ -32,7 +32,7 @@ from qwench.checkpoints.manifest import amend_manifest, read_manifest, write_man
 from qwench.checkpoints.saved import Saved, newest_whole, sources
 from qwench.checkpoints.starting import ReferenceRun, SavesRollouts, SavesTraining, begin, read_reference_run
 from qwench.config.sections.checkpoint import CheckpointConfig
-from qwench.errors import CheckpointError, ConfigError
+from qwench.errors import CheckpointError, ConfigError, counted
 from qwench.files import readable_size, trouble, written
 from qwench.observability.console import Console
 from qwench.observability.timing import PhaseTimer
@@ -228,7 +228,7 @@ class CheckpointManager:
         if next_rollout_id == 0:
             return "Nothing was learned yet."
         if self._iterations is None:
-            return f"The {next_rollout_id} rollouts learned from are lost: --save is not given."
+            return f"What was learned from {counted(next_rollout_id, 'rollout')} is lost: --save is not given."
         if next_rollout_id != self._next_rollout_id:
             self.save(next_rollout_id, learner, rollouts, with_export=False)
         number = self._config.number(next_rollout_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qwench.config.config import Config
 from qwench.config.plan import BFLOAT16_BYTES, RunPlan
-from qwench.errors import ConfigError
+from qwench.errors import ConfigError, counted
 from qwench.models.memory import fp8_bytes, gib, num_parameters
 
 _SGLANG_FRACTION = 0.9
@@ -57,7 +57,7 @@ def check_fit(config: Config, plan: RunPlan, *, device_bytes: int, fp8: bool = F
     if weights > fraction * device_bytes:
         size = min(plan.devices.engine_sizes)
         raise ConfigError(
-            f"an engine of {size} GPU{'s' * (size > 1)} holds {gib(weights)} GiB of weights on each, more than {flag} "
+            f"an engine of {counted(size, 'GPU')} holds {gib(weights)} GiB of weights on each, more than {flag} "
             f"{fraction:g} of {gib(device_bytes)} GiB; raise --rollout-num-gpus-per-engine"
         )
     critic = None if plan.critic is None else plan.critic.rank_bytes

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from qwench.config.config import Config
 from qwench.config.devices import DevicePlan
 from qwench.config.plan import RunPlan, train_dtype
+from qwench.errors import counted
 from qwench.models.memory import gib, num_adapter_parameters, num_parameters
 
 
@@ -17,8 +18,7 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
     if devices.trains or config.debug.debug_rollout_only:
         yield from _rollout_lines(config, plan)
     for one in plan.eval_sets:
-        answers = f"{one.n_samples_per_eval_prompt} responses" if one.n_samples_per_eval_prompt > 1 else "1 response"
-        yield f"evaluation set {one.name}: {one.path}, {answers} a prompt"
+        yield f"evaluation set {one.name}: {one.path}, {counted(one.n_samples_per_eval_prompt, 'response')} a prompt"
     if devices.trains and devices.generates:
         yield f"devices: {'shared by trainer and engines' if devices.shared else 'trainer and engines apart'}"
     if devices.generates:
@@ -35,7 +35,7 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
         if plan.critic is not None:
             num_ranks, of_critic = sum(devices.critic), plan.critic.rank_bytes
             yield (
-                f"critic: on {num_ranks} rank{'s' * (num_ranks > 1)} of its own (DP {plan.critic.dp_size}), beside the policy; "
+                f"critic: on {counted(num_ranks, 'rank')} of its own (DP {plan.critic.dp_size}), beside the policy; "
                 f"{gib(of_critic.device)} GiB on the device of each, {gib(of_critic.host)} GiB on the host"
             )
         elif plan.holds_critic:
@@ -75,7 +75,8 @@ def _rollout_lines(config: Config, plan: RunPlan) -> Iterator[str]:
     yield str(plan.batch)
     yield f"world_size {config.cluster.world_size} = TP {layout.tp} x PP {layout.pp} x CP {layout.cp} x DP {plan.dp_size}"
     yield f"micro-batches: {_micro_batches(plan)}"
-    yield f"rollouts: {config.rollout.num_rollout or f'those of {config.rollout.num_epoch} epochs'}{_ahead(config, plan)}"
+    length = config.rollout.num_rollout or f"those of {counted(config.rollout.num_epoch or 0, 'epoch')}"
+    yield f"rollouts: {length}{_ahead(config, plan)}"
 
 
 def _ahead(config: Config, plan: RunPlan) -> str:
@@ -91,15 +92,15 @@ def _engines(devices: DevicePlan) -> str:
     kinds = Counter(devices.engine_sizes)
     if len(kinds) == 1:
         (size,) = kinds
-        return f"{devices.num_engines} engine{'s' * (devices.num_engines > 1)} of {size} device{'s' * (size > 1)}"
-    return ", ".join(f"{count} of {size} device{'s' * (size > 1)}" for size, count in kinds.items())
+        return f"{counted(devices.num_engines, 'engine')} of {counted(size, 'device')}"
+    return ", ".join(f"{count} of {counted(size, 'device')}" for size, count in kinds.items())
 
 
 def _micro_batches(plan: RunPlan) -> str:
     if plan.micro_batch_tokens is not None:
         return f"packed up to {plan.micro_batch_tokens} tokens, the same number on each of the {plan.dp_size} DP ranks"
     per_rank = -(-plan.batch.global_batch_size // (plan.micro_batch_size * plan.dp_size))
-    return f"{per_rank} of {plan.micro_batch_size} samples in each step on each of the {plan.dp_size} DP ranks"
+    return f"{per_rank} of {counted(plan.micro_batch_size, 'sample')} in each step on each of the {plan.dp_size} DP ranks"
 
 
 def _giga(flops: float) -> str:

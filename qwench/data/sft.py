@@ -21,7 +21,7 @@ from qwench.data.cursor import DataCursor, Draw, fingerprint
 from qwench.data.masks import Segment, build_mask_function
 from qwench.data.packing import pack_by_tokens
 from qwench.data.rows import Row, read_rows
-from qwench.errors import ConfigError
+from qwench.errors import ConfigError, counted
 from qwench.observability.console import visible
 from qwench.samples import Group, Json, Message, Prompt, Rollout, Sample, Status
 
@@ -133,7 +133,7 @@ def describe_packing(examples: Sequence[SftExample], *, per_step: int, max_token
     """
     lengths = [len(example.tokens) for example in examples]
     trained = sum(sum(example.loss_mask) for example in examples)
-    text = f"{len(lengths):,} conversations of {sum(lengths) / len(lengths):.0f} tokens, at most {max(lengths):,}; "
+    text = f"{counted(len(lengths), 'conversation')} of {sum(lengths) / len(lengths):.0f} tokens, at most {max(lengths):,}; "
     text += f"{trained / sum(lengths):.0%} of the tokens are trained on"
     if max_tokens is None:
         return text

@@ -24,7 +24,7 @@ from qwench.data.curriculum import Curriculum
 from qwench.data.prompts import LoadedPrompts, NoPrompts, PromptSource
 from qwench.data.sft import LoadedSft, SftSource, describe_packing, render_mask_preview
 from qwench.engines.fleet.pool import EnginePool
-from qwench.errors import CheckpointError, ConfigError
+from qwench.errors import CheckpointError, ConfigError, counted
 from qwench.foreign.args import make_args
 from qwench.foreign.data_source import ForeignSource
 from qwench.foreign.megatron_hooks import load_hooks
@@ -71,7 +71,7 @@ def build(config: Config, plan: RunPlan) -> Run:
     checkpoints, run_name, started = open_outputs(inputs, timer := PhaseTimer())
     check_resumes(checkpoints, source, num_rollout=inputs.plan.num_rollout)
     only_generate = not plan.devices.trains
-    report = start_report(inputs, f"{len(loaded.prompts):,} prompts")
+    report = start_report(inputs, counted(len(loaded.prompts), "prompt"))
     with started:
         processes = open_processes(inputs, started)
         ranks = None if only_generate else start_ranks(processes, started)

@@ -12,6 +12,7 @@ import orjson
 from qwench.config.config import Config
 from qwench.config.config_text import flag_values
 from qwench.config.plan import RunPlan
+from qwench.errors import counted
 from qwench.files import LOCK, claim_folder, write_atomically, written
 from qwench.launch.inputs import Inputs, names_set, read_eval_prompts, read_inputs
 from qwench.launch.outputs import own_results
@@ -39,7 +40,8 @@ def evaluate(config: Config, plan: RunPlan) -> None:
     prompts = _check(inputs)
     output = config.evaluation.eval_output
     sets = {
-        one.name: f"{one.path}: {len(prompts[one.name]):,} prompts x {one.n_samples_per_eval_prompt}" for one in plan.eval_sets
+        one.name: f"{one.path}: {counted(len(prompts[one.name]), 'prompt')} x {one.n_samples_per_eval_prompt}"
+        for one in plan.eval_sets
     }
     say_facts(inputs.console, {"model": describe_model(inputs), **sets})
     with ExitStack() as started:

@@ -20,7 +20,7 @@ from qwench.config.plan import RunPlan, plan_run, train_dtype
 from qwench.config.sections.reward import RewardConfig, split_names
 from qwench.data.prompts import LoadedPrompts, load_prompts
 from qwench.data.sft import LoadedSft, load_sft
-from qwench.errors import ConfigError
+from qwench.errors import ConfigError, counted
 from qwench.models.hf import architecture_of, check_vocabulary, load_hf_config, load_tokenizer
 from qwench.models.hf_weights import is_fp8_checkpoint
 from qwench.observability.console import Console, QuietConsole, open_console
@@ -255,10 +255,10 @@ def read_conversations(inputs: Inputs) -> tuple[LoadedSft, dict[str, LoadedSft]]
         )
         if loaded.num_too_long or loaded.num_untrained:
             _logger.warning(
-                "%s: dropped %d conversations longer than %d tokens (--rollout-max-context-len or the model) "
-                "and %d without a token to train on; %d are left",
+                "%s: dropped %s longer than %d tokens (--rollout-max-context-len or the model) "
+                "and %d without a token to train on; left: %d",
                 what,
-                loaded.num_too_long,
+                counted(loaded.num_too_long, "conversation"),
                 limit,
                 loaded.num_untrained,
                 len(loaded.examples),
@@ -333,4 +333,4 @@ def _log_dropped(flag: str, loaded: LoadedPrompts, limit: int | None) -> None:
     """Warn of prompts over the limit; silence would hide a wrong limit."""
     if loaded.num_dropped:
         total = loaded.num_dropped + len(loaded.prompts)
-        _logger.warning("%s: dropped %d of %d prompts longer than %s tokens", flag, loaded.num_dropped, total, limit)
+        _logger.warning("%s: dropped %d of %s longer than %s tokens", flag, loaded.num_dropped, counted(total, "prompt"), limit)

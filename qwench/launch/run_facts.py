@@ -15,6 +15,7 @@ from qwench.checkpoints.folders import hf_folder, starting_weights
 from qwench.checkpoints.formats.iterations import Iterations
 from qwench.checkpoints.formats.sources import find_format
 from qwench.config.plan_lines import adapter_line
+from qwench.errors import counted
 from qwench.launch.inputs import Inputs
 from qwench.observability.run_report import NEXT, RunReport
 from qwench.rewards.second_grader import DISAGREEMENTS, describe_shortest, read_disagreements
@@ -133,11 +134,10 @@ def _length(inputs: Inputs) -> str:
     batch, schedule = inputs.plan.batch, inputs.plan.schedule
     epochs = _in_epochs(inputs.plan.num_rollout / schedule.rollouts_per_epoch) if schedule.rollouts_per_epoch else ""
     if inputs.plan.fine_tunes:
-        return f"{inputs.plan.num_steps} steps of {batch.global_batch_size} conversations{epochs}"
-    samples = f"{batch.rollout_batch_size} prompts x {batch.n_samples_per_prompt} responses"
+        return f"{counted(inputs.plan.num_steps, 'step')} of {counted(batch.global_batch_size, 'conversation')}{epochs}"
+    samples = f"{counted(batch.rollout_batch_size, 'prompt')} x {counted(batch.n_samples_per_prompt, 'response')}"
     steps = f", {batch.num_steps_per_rollout} steps each" if batch.num_steps_per_rollout > 1 else ""
-    rollouts = f"{inputs.plan.num_rollout} rollout{'s' * (inputs.plan.num_rollout != 1)}"
-    return f"{rollouts} of {samples}{steps if inputs.plan.devices.trains else ''}{epochs}"
+    return f"{counted(inputs.plan.num_rollout, 'rollout')} of {samples}{steps if inputs.plan.devices.trains else ''}{epochs}"
 
 
 def _in_epochs(count: float) -> str:
@@ -150,7 +150,7 @@ def _devices(inputs: Inputs) -> str:
     if inputs.device.type == "cpu":
         kind = f"CPU with {torch.get_num_threads()} of {os.cpu_count()} threads"
     ranks = config.cluster.world_size
-    parts = [f"{ranks} trainer rank{'s' * (ranks > 1)} ({config.backend})"] if devices.trains else []
+    parts = [f"{counted(ranks, 'trainer rank')} ({config.backend})"] if devices.trains else []
     if devices.generates:
         number = str(devices.num_engines) if devices.num_engines else "external"
         sizes = " or ".join(map(str, sorted(set(devices.engine_sizes))))
@@ -158,7 +158,7 @@ def _devices(inputs: Inputs) -> str:
         parts.append(f"{number} {config.engine.kind} engine{'s' * (devices.num_engines != 1)}{each}")
     shared = " that take turns" if devices.shared else ""
     count = sum(devices.critic)
-    critic = f", and {count} critic rank{'s' * (count > 1)} beside them"
+    critic = f", and {counted(count, 'critic rank')} beside them"
     return f"{kind}: {' and '.join(parts)}{shared}{critic if count else ''}"
 
 

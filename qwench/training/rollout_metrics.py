@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qwench.algorithms.advantages import explained_variance, sampled_reverse_kl
 from qwench.algorithms.columns import RolloutBatch, trained
+from qwench.errors import counted
 from qwench.samples import Sample, Status
 from qwench.training.trainer import StepResult
 
@@ -122,7 +123,7 @@ class StepsWithoutSignal:
             self._problem, self._length = problem, 1
         if problem is not None:
             if str(self._length).strip("0") == "1":
-                also = f" ({before} steps before it, too)" if self._length > 1 else ""
+                also = f" ({counted(before, 'step')} before it, too)" if self._length > 1 else ""
                 _logger.warning("%s %s%s", title, problem, also)
         elif self._length == 1 and before > 1:
             _logger.info("%s teaches again, after %d steps that taught nothing", title, before)

@@ -16,7 +16,7 @@ from qwench.engines.client import OF_A_ROUTER, HttpEngine
 from qwench.engines.fleet.health import Supervisor
 from qwench.engines.fleet.members import Member, Members, MemberState, Router
 from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult
-from qwench.errors import EngineLostError, WeightSyncError
+from qwench.errors import EngineLostError, WeightSyncError, counted
 
 MAX_ATTEMPTS = 6
 """Engines that may be lost under one request before the run ends."""
@@ -76,7 +76,7 @@ class Dispatcher:
         oldest = min(since, key=since.__getitem__)
         name = self._names.get(oldest, oldest)
         on = next((f" on {member.label}" for member in self._members if name in member.in_flight), "")
-        return f"{len(since)} requests open, the oldest {time.monotonic() - since[oldest]:.0f} s{on}"
+        return f"{counted(len(since), 'open request')}, the oldest {time.monotonic() - since[oldest]:.0f} s{on}"
 
     async def abort(self, request_id: str | None = None) -> None:
         """End one request where it runs, or all requests everywhere."""

@@ -41,7 +41,7 @@ def test_a_run_that_learned_nothing_writes_nothing(tmp_path):
 
 def test_a_run_without_a_folder_says_what_it_loses():
     said = manager_of().save_stopped(3, CountingLearner(7), CountingRollouts(3))
-    assert said == "The 3 rollouts learned from are lost: --save is not given."
+    assert said == "What was learned from 3 rollouts is lost: --save is not given."
 
 
 def is_locked(file: Path) -> bool:

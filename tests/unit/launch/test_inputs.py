@@ -82,8 +82,8 @@ def test_conversations_of_training_and_of_each_set_are_read_by_their_own_keys(
     )
     assert [message.partition(trains_on_other_text)[0] for message in caplog.messages] == [
         "--prompt-data: --loss-mask-type qwen ",
-        "evaluation set held_out: dropped 1 conversations longer than 40 tokens (--rollout-max-context-len or the model) and 0 "
-        "without a token to train on; 1 are left",
+        "evaluation set held_out: dropped 1 conversation longer than 40 tokens (--rollout-max-context-len or the model) and 0 "
+        "without a token to train on; left: 1",
         "evaluation set held_out: --loss-mask-type qwen ",
     ]
 

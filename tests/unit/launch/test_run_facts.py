@@ -176,6 +176,10 @@ def test_length_and_devices_are_said_in_the_numbers_of_the_run():
             cluster=ClusterConfig(actor_num_gpus_per_node=2, rollout_num_gpus=6, rollout_num_gpus_per_engine=2),
         )
     )
+    single = RolloutConfig(rollout_batch_size=1, num_rollout=1)
+    assert facts_of(Config(rollout=single))["length"] == "1 rollout of 1 prompt x 1 response"
+    alone = Config(rollout=single, algorithm=AlgorithmConfig(loss_type="sft_loss"))
+    assert facts_of(alone)["length"] == "1 step of 1 conversation"
     threads = f"CPU with {torch.get_num_threads()} of {os.cpu_count()} threads: "
     assert run_facts._devices(two) == threads + "2 trainer ranks (fsdp) and 3 embedded engines of 2 GPUs"
     on_cpu = replace(two.plan.devices, on_gpus=False, trains=False)

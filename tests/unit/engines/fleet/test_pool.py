@@ -85,7 +85,7 @@ def test_open_requests_are_described_by_the_engine_that_owes_the_oldest(pool):
 
     assert pool.describe_requests() == "no request is open"
     described = run(pool, scenario())
-    assert re.fullmatch(rf"2 requests open, the oldest \d+ s on {re.escape(repr(pool.engines[0]))}", described)
+    assert re.fullmatch(rf"2 open requests, the oldest \d+ s on {re.escape(repr(pool.engines[0]))}", described)
     assert pool.describe_requests() == "no request is open"
 
 
