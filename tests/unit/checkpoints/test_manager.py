@@ -290,23 +290,6 @@ def test_empty_load_is_an_error_unless_there_is_something_else_to_start_from(tmp
     assert restored(load=tmp_path / "run", save=tmp_path / "deep" / ".." / "run") == (0, 0, 0)
 
 
-def test_one_checkpoint_of_a_run_is_told_from_none_and_what_it_lacks_is_said(tmp_path):
-    save_all(manager_of(save=tmp_path / "run"), 3)
-    one = tmp_path / "run" / "iter_0000003"
-    advice = f"give --load {tmp_path / 'run'} --ckpt-step 3, or leave"
-    for ref_load in (None, tmp_path / "base"):
-        with pytest.raises(ConfigError, match=f"^--load {one} is one checkpoint of a run; {advice}"):
-            manager_of(load=one, ref_load=ref_load)
-    moved = one.rename(tmp_path / "moved")
-    with pytest.raises(ConfigError, match=f"^--load {moved} is one checkpoint of a run; give the folder of the run, or leave"):
-        manager_of(load=moved)
-    (moved / "rng.pt").unlink()
-    with pytest.raises(
-        ConfigError, match=f"^--load {moved} is one checkpoint of a run, and damaged: {moved}/rng.pt is missing; "
-    ):
-        manager_of(load=moved)
-
-
 def test_without_save_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_all(manager_of(), 1)

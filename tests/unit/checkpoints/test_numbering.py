@@ -37,3 +37,20 @@ def test_folders_are_named_as_slime_and_miles_do_on_request(tmp_path):
 def test_the_best_weights_may_have_no_such_number(tmp_path):
     with pytest.raises(ConfigError, match="--keep-best may keep the weights before rollout 0"):
         CheckpointConfig(save=tmp_path, save_numbering="last", keep_best=True)
+
+
+def test_one_checkpoint_of_a_run_is_told_from_none_and_what_it_lacks_is_said(tmp_path):
+    save_all(manager_of(save=tmp_path / "run"), 3)
+    one = tmp_path / "run" / "iter_0000003"
+    advice = f"give --load {tmp_path / 'run'} --ckpt-step 3, or leave"
+    for ref_load in (None, tmp_path / "base"):
+        with pytest.raises(ConfigError, match=f"^--load {one} is one checkpoint of a run; {advice}"):
+            manager_of(load=one, ref_load=ref_load)
+    moved = one.rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=f"^--load {moved} is one checkpoint of a run; give the folder of the run, or leave"):
+        manager_of(load=moved)
+    (moved / "rng.pt").unlink()
+    with pytest.raises(
+        ConfigError, match=f"^--load {moved} is one checkpoint of a run, and damaged: {moved}/rng.pt is missing; "
+    ):
+        manager_of(load=moved)

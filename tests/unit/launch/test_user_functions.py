@@ -19,8 +19,8 @@ from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.foreign import ForeignConfig
 from qwench.config.sections.parallel import ParallelConfig
-from qwench.config.sections.references import ReferencesConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.engines.fleet.event_loop import EventLoopThread
@@ -364,7 +364,7 @@ def test_rewards_are_normalised_by_the_function_that_a_flag_names(monkeypatch):
 
     def of(name, **references):
         path = None if name is None else f"{HERE}.{name}"
-        config = Config(reward=RewardConfig(custom_reward_post_process_path=path), references=ReferencesConfig(**references))
+        config = Config(reward=RewardConfig(custom_reward_post_process_path=path), foreign=ForeignConfig(**references))
         return user_functions.load_post_process(config, Namespace)
 
     assert of(None) is None
@@ -373,11 +373,11 @@ def test_rewards_are_normalised_by_the_function_that_a_flag_names(monkeypatch):
     assert of("foreign_normalisation") == ("foreign_normalisation", path, Namespace) and given == {"path": path, "flag": flag}
     monkeypatch.setattr(user_functions, "load_conversion", lambda *made, as_text: (*made, as_text))
     assert of(None) is user_functions.read_rewards, "the user's conversion has normalised them"
-    converting = Config(references=ReferencesConfig(custom_convert_samples_to_train_data_path="a.b"))
+    converting = Config(foreign=ForeignConfig(custom_convert_samples_to_train_data_path="a.b"))
     assert user_functions.load_user_conversion(converting, Namespace) == ("a.b", Namespace, False)
     monkeypatch.setattr(user_functions, "load_targets", lambda *made: made)
-    targets = ReferencesConfig(custom_advantage_function_path="a.b", rollout_data_postprocess_path="c.d")
-    assert user_functions.load_target_functions(Config(references=targets), Namespace) == ("a.b", "c.d", Namespace)
+    targets = ForeignConfig(custom_advantage_function_path="a.b", rollout_data_postprocess_path="c.d")
+    assert user_functions.load_target_functions(Config(foreign=targets), Namespace) == ("a.b", "c.d", Namespace)
 
 
 def test_terms_of_the_loss_are_loaded_by_their_flags(monkeypatch):
@@ -386,7 +386,7 @@ def test_terms_of_the_loss_are_loaded_by_their_flags(monkeypatch):
     algorithm = AlgorithmConfig(
         custom_tis_function_path="a.b", use_tis=True, custom_pg_loss_reducer_function_path="c.d", calculate_per_token_loss=True
     )
-    config = Config(algorithm=algorithm, references=ReferencesConfig(plugin_api="slime"))
+    config = Config(algorithm=algorithm, foreign=ForeignConfig(plugin_api="slime"))
     terms = load_user_terms(config, Namespace)
     assert (terms.correct, terms.reduce, terms.loss) == (("a.b", "slime", Namespace), ("c.d", "slime", True), None)
     plain = load_user_terms(Config(), Namespace)
