@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from qwench.observability.metrics import Axis
@@ -31,7 +30,6 @@ def plot_curves(metrics_file: Path, picture: Path, names: Sequence[str]) -> Path
     num_rows = -(-len(names) // _CURVES_PER_ROW)
     width, height = _PANEL_INCHES
     figure = Figure(figsize=(width * min(len(names), _CURVES_PER_ROW), height * num_rows), layout="constrained")
-    FigureCanvasAgg(figure)
     for position, name in enumerate(names, start=1):
         panel = figure.add_subplot(num_rows, min(len(names), _CURVES_PER_ROW), position)
         steps, values = read_curve(metrics_file, name)

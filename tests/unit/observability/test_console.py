@@ -97,7 +97,15 @@ def test_durations_are_read_as_on_a_clock(seconds, text):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1234567.0, "1,234,567"), (0.4375, "0.4375"), (1e-6, "1e-06"), (12.0, "12"), (-98765.4, "-98,765"), (float("nan"), "nan")],
+    [
+        (1234567.0, "1,234,567"),
+        (0.4375, "0.4375"),
+        (1e-6, "1e-06"),
+        (12.0, "12"),
+        (-98765.4, "-98,765"),
+        (1.5e12, "1.5e+12"),
+        (float("nan"), "nan"),
+    ],
 )
 def test_values_are_short(value, text):
     assert format_value(value) == text

@@ -15,6 +15,7 @@ import rich.console
 from qwench.errors import Stopped
 from qwench.observability.console import LiveConsole, PlainConsole, QuietConsole
 from qwench.observability.log import DRIVER_LOG, failures_logged, open_driver_log, open_process_log, write_driver_log
+from qwench.observability.processes import STACKS, stacks_written
 
 _logger = logging.getLogger("qwench.somewhere")
 
@@ -52,9 +53,12 @@ def test_the_file_has_what_was_logged_before_it_was_opened_and_a_second_run_appe
     for run in ("first", "second"):
         open_driver_log("info", console)
         _logger.info("%s begins", run)
-        write_driver_log(tmp_path / "run")
+        write_driver_log(tmp_path / "new" / "run")
         _logger.error("%s ends", run)
-    lines = (tmp_path / "run" / DRIVER_LOG).read_text().splitlines()
+    assert stacks_written() == f"The stacks of all processes are in {tmp_path / 'new' / 'run' / STACKS}."
+    kinds = [type(handler).__name__ for handler in logging.getLogger("qwench").handlers]
+    assert sorted(kinds) == ["_DriverLog", "_LineHandler"], "what was kept is written, and the first run's file is closed"
+    lines = (tmp_path / "new" / "run" / DRIVER_LOG).read_text().splitlines()
     assert [re.sub(r"^\S+ \S+ ", "", line) for line in lines] == [
         "INFO qwench.somewhere: first begins",
         "ERROR qwench.somewhere: first ends",

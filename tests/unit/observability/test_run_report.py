@@ -49,11 +49,13 @@ def test_a_rollout_is_one_line_with_the_mean_of_its_steps_and_the_time_left():
 def test_fine_tuning_has_a_line_for_each_step_and_knows_no_rollouts():
     console, clock, report, log = opened(unit="step", total=8, first=1, table_interval=2)
     clock.now = 4.0
-    log.log(1, {"perf/step_time": 4.0, "perf/actor_train_tok_per_s": 12345.0}, steps=[{"train/loss": 2.0}, {"train/loss": 1.0}])
+    steps = [{"train/loss": 2.0}, {"train/loss": 1.0, "train/grad_norm": 3.0}]
+    assert report.is_unfinished
+    log.log(1, {"perf/step_time": 4.0, "perf/actor_train_tok_per_s": 12345.0}, steps=steps)
     report.finish({"saved": "runs/a"})
     assert [line for line in console.lines if "step" in line] == [
         "step 3/8  loss 2  tokens/s 12,345  2.00s  20.0s left",
-        "step 4/8  loss 1  tokens/s 12,345  2.00s  8.00s left",
+        "step 4/8  loss 1  grad norm 3  tokens/s 12,345  2.00s  8.00s left",
         "done      4 of 8 steps in 4.00s",
     ]
     assert ("bar", 4, "8.00s left", "loss 1") in console.events
@@ -65,6 +67,11 @@ def test_a_line_fits_into_the_terminal_however_long_its_numbers_are():
     log.log(0, LEARNED, steps=[{"train/loss": -1.23456e-7, "train/grad_norm": 1234567.0}])
     (line,) = console.lines
     assert line == "rollout 1/20000  reward 0.438  length 43.5  loss -1.23e-07"
+    narrow, _, _, log = opened(width=4)
+    log.log(0, LEARNED)
+    wide, _, _, log = opened(width=400)
+    log.log(0, LEARNED)
+    assert (narrow.lines, wide.lines) == (["rollout 1/4"], ["rollout 1/4  reward 0.438  length 43.5  8.00s"])
 
 
 def test_what_is_no_rollout_has_no_line():
@@ -172,6 +179,7 @@ def test_a_response_cannot_move_the_cursor_or_turn_the_text():
 
 def test_a_run_that_was_done_before_says_so():
     console, _, report, _ = opened(first=4)
+    assert not report.is_unfinished
     report.finish({"saved": "runs/a", "next": "qwench serve --hf-checkpoint 'runs/my model'"})
     assert console.lines == [
         "done      4 of 4 rollouts, nothing to do",

@@ -25,10 +25,11 @@ def log_rollout(log: MetricLog, rollout_id: int, *, loss: float) -> None:
 
 
 def test_records_go_to_three_axes(tmp_path):
-    log = MetricLog([JsonlSink(tmp_path / "metrics.jsonl")], num_steps_per_rollout=2)
+    path = tmp_path / "new" / "run" / "metrics.jsonl"
+    log = MetricLog([JsonlSink(path)], num_steps_per_rollout=2)
     log_rollout(log, 3, loss=10.0)
     log.close()
-    assert lines_of(tmp_path / "metrics.jsonl") == [
+    assert lines_of(path) == [
         {"train/step": 6, "train/loss": 10.0},
         {"train/step": 7, "train/loss": 11.0},
         {"rollout/step": 3, "rollout/raw_reward": 0.5},
@@ -144,6 +145,7 @@ def test_a_run_must_reach_the_value_that_it_was_given():
         made = MetricLog([], num_steps_per_rollout=1, gate=MetricGate("eval/gsm8k", 0.5))
         for rollout_id, value in enumerate(values):
             made.log(rollout_id, {"eval/gsm8k": value, "other": 9.0})
+        made.log(len(values), {"other": 9.0})
         return made
 
     log(0.1, 0.5, 0.2).finish()
@@ -181,6 +183,16 @@ def test_metrics_that_a_full_disk_refuses_are_written_once_there_is_room(tmp_pat
     assert [record["rollout/step"] for record in lines_of(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2 and "kept until there is room" in said[0] and "no record is lost" in said[1]
+
+
+def test_a_history_that_a_full_disk_refuses_names_the_flag_and_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog([JsonlSink(path)], num_steps_per_rollout=2)
+    log_rollout(log, 0, loss=10.0)
+    before = path.read_bytes()
+    with no_file_beyond(1), pytest.raises(OutputError, match=rf"^--log-dir {tmp_path} cannot be written to \(File too large"):
+        log.resume(1, first_step=2)
+    assert path.read_bytes() == before
 
 
 def test_curves_that_a_full_disk_refuses_are_written_once_there_is_room(tmp_path):
