@@ -94,7 +94,8 @@ def test_stacks_of_driver_and_parts_go_to_one_file_that_the_sentence_names(tmp_p
     assert sentence == f"The stacks of all processes are in {tmp_path / 'stacks.txt'}."
     assert f"driver, process {os.getpid()}" in written
     assert "test_stacks_of_driver_and_parts" in written, "the driver's own stack"
-    assert written.index("driver") < written.index("=== engine server 0\nits stacks")
+    places = [written.index(part) for part in ("=== ", "test_stacks_of_driver", "=== engine server 0\nits stacks\n")]
+    assert places == sorted(places) and places[0] == 0
 
 
 def test_a_process_that_does_not_answer_the_signal_is_said_to_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

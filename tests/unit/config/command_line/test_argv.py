@@ -49,6 +49,7 @@ def test_a_flag_whose_own_name_begins_with_no_is_not_a_negation():
     [
         (["--learning-rat", "1"], "unknown flag --learning-rat; see qwench train --help"),
         (["--max-token-per-gpu", "1"], "unknown flag --max-token-per-gpu; did you mean --max-tokens-per-gpu?"),
+        (["--hel"], "unknown flag --hel; did you mean --help or --help-all?"),
         (["--no-lr"], "unknown flag --no-lr"),
         (["--lr"], "--lr expects one value, got none"),
         (["--lr", "1", "2"], "--lr expects one value, got 1 2"),

@@ -13,6 +13,7 @@ from qwench.config.command_line.compat import (
     our_import_path,
 )
 from qwench.config.command_line.flags import flag_table
+from qwench.config.command_line.foreign_flag import ForeignFlag, flags, planned
 from qwench.config.command_line.refused_flags import PLANNED, REFUSED
 from qwench.config.config import Config
 from qwench.config.values import choices
@@ -84,6 +85,31 @@ def test_the_accepted_flags_without_a_warning_say_what_is_always_so():
     }  # fmt: skip
     assert sorted(flag.name for flag in ACCEPTED if not flag.told and flag.name not in architecture) == SILENT.split()
     assert not any(flag.told for flag in ACCEPTED if flag.name in architecture and flag.values != ("*",))
+
+
+@pytest.mark.parametrize(
+    ("values", "fate", "advice"),
+    [
+        ((), "is not supported", "; leave it out"),
+        (("1",), "is not built yet", "; leave it out"),
+        (("true",), "is not supported", ""),
+        (("false",), "is not supported", ""),
+        (("a", "b"), "is not supported", "; leave it out or give a or b"),
+    ],
+)
+def test_a_refused_flag_says_why_and_what_would_be_accepted(values, fate, advice):
+    flag = ForeignFlag("name", values, "why", fate=fate)
+    assert flag.refusal("no-name", ()) == f"--no-name {fate}: why{advice}"
+    assert flag.refusal("name", ("3", "4")) == f"--name 3 4 {fate}: why{advice}"
+
+
+def test_flags_of_one_reason_have_its_values_and_a_planned_one_is_off():
+    assert flags(("1",), "why", "a b", told=True, same_as="c") == [
+        ForeignFlag(name, ("1",), "why", told=True, same_as="c") for name in "ab"
+    ]
+    for flag, accepted in zip(planned("why", "a b=0"), ([False, True, False], [False, True, True]), strict=True):
+        assert [flag.accepts(flag.name, value) for value in ((), ("false",), ("0",))] == accepted
+        assert flag.refusal(flag.name, ("1",)) == f"--{flag.name} 1 is not built yet: why; leave it out"
 
 
 def test_a_parallel_size_of_experts_may_be_one():
@@ -169,6 +195,7 @@ def test_whole_families_of_flags_have_the_fate_of_their_prefix(families, accepte
         for begin in begins.split():
             flag = foreign_flag(f"{begin}of-a-later-version")
             assert flag is not None and reason in flag.reason and flag.accepts(flag.name, ("1",)) is accepted, begin
+            assert flag.told is accepted, "what changes nothing is said"
     assert foreign_flag("lr") is None
 
 
