@@ -54,6 +54,13 @@ def test_no_secret_is_kept_or_shown(written):
     assert "NCCL_DEBUG" in text
 
 
+def test_neither_a_key_nor_what_the_parser_adds_is_a_value_of_a_run():
+    values = flag_values(SECRETS)
+    assert {"--wandb-key", "--engine-reason", "--unused-flags"} & values.keys() == set()
+    kept = list(yaml.safe_load(as_yaml(SECRETS)))
+    assert kept.index("train-env-vars") < kept.index("sglang-page-size"), "cluster comes before engine"
+
+
 def test_the_configuration_of_a_run_can_be_given_back(files, tmp_path):
     words = flat(words_of(files))
     words += ["--sglang-page-size", "4", "--eval-prompt-data", "a", str(files / "train.jsonl"), "--adam-beta2", "0.95"]

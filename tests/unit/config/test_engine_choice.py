@@ -1,5 +1,6 @@
 """--rollout-engine auto."""
 
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -95,4 +96,5 @@ def test_gpus_are_those_that_the_process_may_use(tmp_path, files, environ, num_g
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert look_at_machine(environ, tmp_path).num_gpus == num_gpus
+    machine = look_at_machine(environ, tmp_path)
+    assert (machine.num_gpus, machine.has_sglang) == (num_gpus, importlib.util.find_spec("sglang") is not None)

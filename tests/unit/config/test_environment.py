@@ -1,5 +1,5 @@
 from qwench.config.config import Config
-from qwench.config.environment import engine_environment, trainer_environment
+from qwench.config.environment import engine_environment, reward_environment, trainer_environment, without_rank
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.parallel import ParallelConfig
@@ -36,3 +36,12 @@ def test_engines_do_not_inherit_what_was_set_for_the_trainer():
     environ = {"PATH": "/bin", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_DEBUG": "WARN"}
     trainers = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_DEBUG": "INFO"}
     assert engine_environment(environ, trainers) == {"PATH": "/bin", "NCCL_DEBUG": "WARN"}
+
+
+def test_a_process_that_a_rank_starts_is_no_rank_and_a_function_of_the_users_gets_no_key_of_ours():
+    ranks = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID"
+    ours = {"QWENCH_TOKEN": "a", "QWENCH_JUDGE_KEY": "b"}
+    kept = {"PATH": "/bin", "OPENAI_API_KEY": "c", "MY_RANK": "7"}
+    environ = {**dict.fromkeys(ranks.split(), "0"), **ours, **kept}
+    assert without_rank(environ) == {**ours, **kept}
+    assert reward_environment(environ) == kept

@@ -15,6 +15,7 @@ from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.convert import ConvertConfig
 from qwench.config.sections.data import DataConfig
+from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.reward import RewardConfig
@@ -225,6 +226,14 @@ def test_a_value_that_another_one_makes_useless_is_refused(section, values, mess
     with pytest.raises(ConfigError) as caught:
         section(**values)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("address", ["host", ":80", "host:", "host:http", "http://host/"])
+def test_an_engine_is_found_by_host_and_port(address):
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(rollout_external_engine_addrs=("a:1", address))
+    assert str(caught.value) == f"--rollout-external-engine-addrs must be host:port, got {address!r}"
+    EngineConfig(rollout_external_engine_addrs=("a:1", "http://b:2/"))
 
 
 def test_agents_are_served_on_this_machine_at_a_free_port_unless_flags_say_otherwise():
