@@ -104,6 +104,11 @@ def test_the_outer_mapping_may_be_left_out(write):
         ("eval: {datasets: [{name: a, path: x}, {name: a, path: y}]}", "as lower case); got a a"),
         ("eval: {datasets: [{name: aime, path: x}, {name: AIME, path: y}]}", "as lower case); got aime AIME"),
         ("eval: {datasets: [{name: a, path: x, tempreture: 1}]}", "eval.datasets[0] has the unknown key 'tempreture'"),
+        ("eval: {datasets: [{name: a, path: x, max_prompt_len: 1}]}", "datasets[0] has the unknown key 'max_prompt_len'"),
+        (
+            "eval: {datasets: [{name: a, path: x, max_context_len: 1}]}",
+            "datasets[0] has the unknown key 'max_context_len'",
+        ),
         ("eval: {defaults: {name: a}, datasets: []}", "eval.defaults has the unknown key 'name'"),
         ("eval: {datasets: [{name: a, path: x, top_k: many}]}", "eval.datasets[0] (a): top_k must be an integer, got 'many'"),
         (

@@ -127,3 +127,20 @@ def test_a_run_that_only_generates_says_nothing_of_a_trainer():
     config = Config(rollout=BATCH, debug=DebugConfig(debug_rollout_only=True))
     said = [line.partition(":")[0] for line in plan_lines(config, plan_run(config, QWEN3_4B))]
     assert said[2:] == ["micro-batches", "rollouts", "engines"]
+
+
+@pytest.mark.parametrize("lora_init", ["kaiming", "pissa"])
+@pytest.mark.parametrize("teaches", [False, True])
+@pytest.mark.parametrize("use_kl_loss", [False, True])
+def test_a_rank_with_adapters_holds_the_frozen_model_their_state_and_no_reference(lora_init, teaches, use_kl_loss):
+    config = Config(
+        rollout=BATCH,
+        lora=LoraConfig(lora_rank=4, lora_init=lora_init),
+        distillation=FROZEN if teaches else DistillationConfig(),
+        algorithm=AlgorithmConfig(use_kl_loss=use_kl_loss),
+    )
+    whole, trained = 4_022_468_096, 8_257_536  # 36 layers x 4 x (in + out) of seven projections
+    start = 2 * trained if lora_init == "pissa" else 0
+    held = plan_run(config, QWEN3_4B).rank_bytes
+    assert (held.weights, held.gradients, held.optimizer) == (2 * whole + 4 * trained + start, 4 * trained, 8 * trained)
+    assert held.host == (2 * whole if teaches else 0)
