@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,16 @@ def schedule(
         ),  # type: ignore[arg-type]
         rollouts_per_epoch=epoch,
     )
+
+
+def test_a_start_may_end_after_some_rollouts() -> None:
+    assert [schedule().end(first) for first in (0, 5)] == [7, 7]
+    assert [replace(schedule(), exits_after=3).end(first) for first in (0, 5)] == [3, 7]
+
+
+def test_sets_without_an_interval_are_measured_at_both_ends() -> None:
+    made = replace(schedule(), evaluation=EvalConfig(eval_prompt_data=("a", "a.jsonl")))
+    assert [made.eval_due(rollout_id) for rollout_id in range(8)] == [True, *[False] * 6, True]
 
 
 def test_epochs_are_rollouts_once_the_data_set_is_known() -> None:
