@@ -1,11 +1,12 @@
 from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qwench.wire.portions import bucketed
+from qwench.wire.portions import DEFAULT_BUCKET_BYTES, bucketed
 
 
 def test_buckets_fill_in_order_and_a_large_tensor_is_alone():
@@ -33,3 +34,9 @@ def test_tensors_are_asked_for_only_when_needed():
 
     next(iter(bucketed(tensors(), bucket_bytes=32)))
     assert asked == [0, 1, 2]  # two fit, the third showed that the bucket was full
+
+
+def test_a_bucket_has_room_and_is_as_large_as_that_of_slime():
+    assert DEFAULT_BUCKET_BYTES == 536_870_912
+    with pytest.raises(AssertionError, match="a bucket holds at least one byte, got 0"):
+        next(bucketed([], bucket_bytes=0))

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from qwench.errors import WeightSyncError
-from qwench.wire.weight_group import WeightGroup, listening_store, reach_store
+from qwench.wire import weight_group
+from qwench.wire.weight_group import WeightGroup, backend_for, listening_store, reach_store
 from tests.deadlines import patient
 
 
@@ -115,3 +116,43 @@ def test_unknown_backends_and_unreachable_stores_are_named():
     del store
     with pytest.raises(WeightSyncError, match=f"no trainer listens at 127.0.0.1:{port}"):
         reach_store("127.0.0.1", port, timeout_s=0.5)
+
+
+def test_the_backend_is_that_of_the_device():
+    assert [backend_for(torch.device(kind)) for kind in ("cpu", "cuda")] == ["gloo", "nccl"]
+
+
+class Broken:
+    """A group whose broadcast fails at once, or when it is waited for."""
+
+    def __init__(self, *, at_once):
+        self.at_once, self.sent, self.num_aborts = at_once, [], 0
+
+    def broadcast(self, tensor, root):
+        self.sent.append(root)
+        if self.at_once:
+            raise RuntimeError("no link")
+        return self
+
+    def is_completed(self):
+        return True
+
+    def wait(self):
+        raise RuntimeError("no link")
+
+    def abort(self):
+        self.num_aborts += 1
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_member_leaves_its_group_once_when_a_broadcast_fails(monkeypatch, at_once):
+    broken, asked = Broken(at_once=at_once), []
+    monkeypatch.setattr(weight_group, "make_group", lambda *words: asked.append(words) or broken)
+    group = WeightGroup(dist.HashStore(), name="g", rank=1, size=2, backend="nccl", timeout_s=patient(30))
+    assert asked[0][0] == "nccl" and asked[0][2:] == (1, 2, timedelta(seconds=patient(30)))
+    with pytest.raises(WeightSyncError, match=r"^weight group 'g', rank 1 of 2: a broadcast failed: no link"):
+        group.start(torch.zeros(1))()
+    group.close()
+    assert (broken.sent, broken.num_aborts) == ([0], 1)
+    with pytest.raises(WeightSyncError, match="rank 1 of 2: a broadcast was given up"):
+        group.start(torch.zeros(1))()
