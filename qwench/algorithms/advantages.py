@@ -161,14 +161,11 @@ def gae(
     """
     advantages, returns = list[Tensor](), list[Tensor]()
     for reward, value, mask, token_kl in zip(rewards.tolist(), values, loss_mask, kl, strict=True):
-        own_values = value[mask].tolist()
-        token_rewards = (-kl_coef * token_kl[mask]).tolist()
-        if token_rewards:
-            token_rewards[-1] += reward
-        later, next_value, found = 0.0, 0.0, list[float]()
-        for token_reward, own in zip(reversed(token_rewards), reversed(own_values), strict=True):
-            later = token_reward + gamma * next_value - own + gamma * lambd * later
-            next_value = own
+        rows = torch.stack((-kl_coef * token_kl[mask], value[mask]), dim=1).tolist()
+        last_reward, later, next_value, found = reward, 0.0, 0.0, list[float]()
+        for token_reward, own in reversed(rows):
+            later = token_reward + last_reward + gamma * next_value - own + gamma * lambd * later
+            last_reward, next_value = 0.0, own
             found.append(later)
         advantage = torch.zeros(len(mask))
         advantage[mask] = torch.tensor(found[::-1])

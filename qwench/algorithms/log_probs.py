@@ -96,7 +96,7 @@ class _ChunkedHead(torch.autograd.Function):
             room -= logits.nbytes
             kept.append(logits if room >= 0 else None)
             del logits  # two chunks would exist at a time
-        log_probs, entropy, normalizers = (torch.cat(parts) for parts in zip(*columns, strict=True))
+        log_probs, entropy, normalizers = (torch.cat([chunk[i] for chunk in columns]) for i in range(3))
         ctx.save_for_backward(hidden, weight, labels, entropy, normalizers)
         ctx.temperature, ctx.chunk_tokens, ctx.weight_sum, ctx.kept = temperature, chunk_tokens, weight_sum, kept
         ctx.support = support

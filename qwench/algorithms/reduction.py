@@ -30,8 +30,8 @@ def execution_mean_weights(loss_mask: Sequence[Tensor], execution_ids: Tensor) -
     executions, inverse = execution_ids.unique(return_inverse=True)
     counts = torch.zeros(len(executions), dtype=torch.float64)
     counts.index_add_(0, inverse, torch.tensor([float(mask.sum()) for mask in loss_mask], dtype=torch.float64))
-    weights = 1.0 / (len(executions) * counts.clamp(min=1.0))
-    return [mask * weights[k].float() for mask, k in zip(loss_mask, inverse.tolist(), strict=True)]
+    weights = (1.0 / (len(executions) * counts.clamp(min=1.0)))[inverse].float()
+    return [mask * weights[i] for i, mask in enumerate(loss_mask)]
 
 
 def token_mean_weights(loss_mask: Sequence[Tensor]) -> list[Tensor]:
@@ -68,8 +68,8 @@ def staleness_scales(
         Two of B x [R] float32: 1 / (share of the fresh tokens' weight) at fresh tokens and 0 elsewhere; the same of the stale.
         All 0 where the step has none of the kind.
     """
-    fresh = [mask & (old == 0) for mask, old in zip(loss_mask, staleness, strict=True)]
-    stale = [mask & (old != 0) for mask, old in zip(loss_mask, staleness, strict=True)]
+    parts = [(mask & (old == 0), mask & (old != 0)) for mask, old in zip(loss_mask, staleness, strict=True)]
+    fresh, stale = [new for new, _ in parts], [old for _, old in parts]
     return _scaled_by_share(fresh, loss_weights), _scaled_by_share(stale, loss_weights)
 
 

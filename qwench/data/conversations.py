@@ -27,7 +27,6 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-_TURN = ("user", "assistant")
 
 
 def as_conversation(row: Row, *, input_key: str, flag: str) -> list[Message]:
@@ -80,14 +79,16 @@ def _alpaca(row: Row) -> list[Message]:
             raise ConfigError(f"{row.place}: key {key!r} must be text.")
     asked = [str(row.values[key]) for key in ("instruction", "input") if row.values.get(key)]
     turns = [*_history(row), ("\n\n".join(asked), row.values["output"])]
-    said: list[Json] = [{"role": role, "content": text} for turn in turns for role, text in zip(_TURN, turn, strict=True)]
+    said: list[Json] = []
+    for question, answer in turns:
+        said += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return _after_system(row, as_messages(said, place=row.place))
 
 
 def _history(row: Row) -> list[tuple[Json, Json]]:
     """Return the turns before that of an Alpaca row."""
     history = row.decode("history", list) or []
-    if not all(isinstance(turn, list) and len(turn) == len(_TURN) for turn in history):
+    if not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise ConfigError(f"{row.place}: key 'history' must be a list of [asked, answered].")
     return [(asked, answered) for asked, answered in history]
 

@@ -154,7 +154,8 @@ def _check_mask_sums(data: TrainData, samples: Sequence[Sample]) -> None:
     sums: dict[int | None, int] = {}
     for sample in samples:
         sums[sample.execution_id] = sums.get(sample.execution_id, 0) + sum(sample.loss_mask)
-    for sample, given in zip(samples, data["rollout_mask_sums"], strict=True):
+    for sample in samples:
+        given = data["rollout_mask_sums"][sample.sample_id]
         if int(given) != sums[sample.execution_id]:
             raise TrainingError(
                 f"{FLAG}: rollout_mask_sums of row {sample.sample_id} is {int(given)}, and its rollout_id has "

@@ -25,6 +25,7 @@ from qwench.algorithms.method import Correct, Corrected, Reduce
 from qwench.errors import ConfigError, TrainingError
 from qwench.foreign.loading import PluginApi, is_foreign, load
 from qwench.plugins import Function, check_signature, guarded
+from qwench.training.batch import unpack
 
 LOSS_FLAG = "--custom-loss-function-path"
 TIS_FLAG = "--custom-tis-function-path"
@@ -185,8 +186,7 @@ def foreign_reduction(function: Function, *, per_token: bool) -> Reduce:
 
 def responses(values: Tensor, micro_batch: MicroBatch) -> list[Tensor]:
     """Cut a packed [T] column into the [R] values of each response; gradients flow back."""
-    ends = micro_batch.cu_seqlens[1:].tolist()
-    return [values[end - 1 - length : end - 1] for end, length in zip(ends, micro_batch.response_lengths, strict=True)]
+    return unpack(values, micro_batch, micro_batch.response_lengths)
 
 
 def _packed(values: Tensor, micro_batch: MicroBatch, like: Tensor) -> Tensor:

@@ -114,10 +114,12 @@ def _read_advantages(data: RolloutData, batch: RolloutBatch, flag: str) -> list[
     given = data.get("advantages")
     if not isinstance(given, list | tuple) or len(given) != len(batch.loss_mask):
         raise TrainingError(f"{flag} must leave a list of {len(batch.loss_mask)} advantages, got {given!r:.100}.")
-    advantages = [torch.as_tensor(values, dtype=torch.float32) for values in given]
-    for index, (values, mask) in enumerate(zip(advantages, batch.loss_mask, strict=True)):
+    advantages = list[Tensor]()
+    for index, mask in enumerate(batch.loss_mask):
+        values = torch.as_tensor(given[index], dtype=torch.float32)
         if values.shape != mask.shape or not bool(values[mask].isfinite().all()):
             raise TrainingError(
                 f"{flag}: sample {index} needs {len(mask)} finite advantages, got the shape {list(values.shape)}."
             )
-    return [values.where(mask, 0.0) for values, mask in zip(advantages, batch.loss_mask, strict=True)]
+        advantages.append(values.where(mask, 0.0))
+    return advantages

@@ -74,8 +74,11 @@ class RewardPool:
         names = rm_types_of(self._reward, sample.metadata if "rm_type" in sample.metadata else sample.prompt.metadata)
         if len(names) == 1:
             return pick_score(await self._grade(sample, names[0]), self._reward.reward_key)
-        verdicts = await asyncio.gather(*(self._grade(sample, name) for name in names))
-        whole = combine(dict(zip(names, verdicts, strict=True)), self._reward.weights_of(names))
+
+        async def named(name: str) -> tuple[str, Verdict]:
+            return name, await self._grade(sample, name)
+
+        whole = combine(dict(await asyncio.gather(*map(named, names))), self._reward.weights_of(names))
         return pick_score(whole, self._reward.reward_key)
 
     async def _grade(self, sample: Sample, rm_type: str) -> Verdict:

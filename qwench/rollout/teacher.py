@@ -117,15 +117,11 @@ class Teachers:
                 return
             student = [{**one, **more} for more, one in zip(student, _by_position(again, on_theirs), strict=True)]
         own_top, their_top = own.top or [()] * len(teacher), theirs.top or [()] * len(teacher)
-        chosen = [
-            choose_tokens([token for _, token in mine], [token for _, token in others], strategy)
-            for mine, others in zip(own_top, their_top, strict=True)
-        ]
-        sample.teacher_log_probs = list(theirs.log_probs)
-        sample.teacher_kl = [
-            weighted_reverse_kl([p[i] for i in ids], [q[i] for i in ids], self._section.opd_reward_weight_mode, strategy)
-            for p, q, ids in zip(student, teacher, chosen, strict=True)
-        ]
+        sample.teacher_log_probs, sample.teacher_kl = list(theirs.log_probs), []
+        for p, q, mine, others in zip(student, teacher, own_top, their_top, strict=True):
+            ids = choose_tokens([token for _, token in mine], [token for _, token in others], strategy)
+            kl = weighted_reverse_kl([p[i] for i in ids], [q[i] for i in ids], self._section.opd_reward_weight_mode, strategy)
+            sample.teacher_kl.append(kl)
 
     async def close(self) -> None:
         """Close the connections."""

@@ -23,7 +23,7 @@ from qwench.files import write_atomically, written
 from qwench.observability.dumps import rollout_path
 
 _PACKED_COLUMNS = (
-    *("loss_weights", "rollout_log_probs", "old_log_probs", "old_entropy", "ref_log_probs", "advantages"),
+    *("loss_mask", "loss_weights", "rollout_log_probs", "old_log_probs", "old_entropy", "ref_log_probs", "advantages"),
     *("values", "returns", "support_counts"),
     *("loss_scale", "importance_scale", "picked", "fresh_scale", "stale_scale", "step_share"),
 )
@@ -33,7 +33,6 @@ def pack(batch: RolloutBatch, indices: Sequence[int]) -> MicroBatch:
     """Lay the samples at `indices` back to back and shift their response columns onto the positions that predict them."""
     tokens = [batch.tokens[i] for i in indices]
     lengths = [len(t) for t in tokens]
-    masks = [batch.loss_mask[i] for i in indices]
     columns = {
         name: torch.cat([_label_aligned(column[i], lengths[k]) for k, i in enumerate(indices)])
         for name in _PACKED_COLUMNS
@@ -44,8 +43,7 @@ def pack(batch: RolloutBatch, indices: Sequence[int]) -> MicroBatch:
         positions=torch.cat([torch.arange(length) for length in lengths]),
         labels=torch.cat([torch.cat([t[1:], t.new_zeros(1)]) for t in tokens]),
         cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        loss_mask=torch.cat([_label_aligned(mask, length) for mask, length in zip(masks, lengths, strict=True)]),
-        response_lengths=tuple(len(mask) for mask in masks),
+        response_lengths=tuple(len(batch.loss_mask[i]) for i in indices),
         indices=tuple(indices),
         support_ids=None if batch.support_ids is None else torch.cat([batch.support_ids[i] for i in indices]),
         **columns,
@@ -56,9 +54,10 @@ def idle(batch: RolloutBatch) -> MicroBatch:
     """Make a micro-batch of weight zero, with the columns of `batch`, for a rank that has to join a forward without work."""
     nothing = torch.zeros(0)
     columns = {name: [nothing] for name in _PACKED_COLUMNS if getattr(batch, name) is not None}
+    columns["loss_mask"] = [nothing.bool()]
     if batch.support_ids is not None:
         columns["support_ids"] = [nothing.int()]
-    two_tokens = batch.select([0]).with_columns(tokens=[batch.tokens[0][:2]], loss_mask=[nothing.bool()], **columns)
+    two_tokens = batch.select([0]).with_columns(tokens=[batch.tokens[0][:2]], **columns)
     return replace(pack(two_tokens, [0]), response_lengths=(1,), indices=())
 
 
@@ -95,7 +94,7 @@ def save_batch(template: str, rollout_id: int, batch: RolloutBatch, *, run: str)
         name: value.tolist() if isinstance(value, Tensor) else [one.tolist() for one in value]
         for name, value in columns.items()
     }
-    samples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    samples = [{name: values[i] for name, values in columns.items()} for i in range(len(batch.tokens))]
     lines = [
         orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in ({"rollout_id": rollout_id, "run": run}, *samples)
     ]

@@ -29,13 +29,13 @@ class PackedAdapter:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add the adapters' outputs to the output [T, N] of the matrix."""
-        for low, b, columns in zip(self._split(x @ self.a.T), self.bs, self._columns(y), strict=True):
+        for low, b, columns in self._parts(x @ self.a.T, y):
             columns.addmm_(low, b.T, alpha=self.scale)
 
     def add_input_gradient(self, grad: Tensor, grad_x: Tensor) -> Tensor:
         """Add to the gradient [T, K] of the input; return that of `x A^T` [T, P r], for `add_gradients`."""
         slopes = grad.new_empty((len(grad), len(self.a)))
-        for slope, b, columns in zip(self._split(slopes), self.bs, self._columns(grad), strict=True):
+        for slope, b, columns in self._parts(slopes, grad):
             torch.mm(columns, b, out=slope)
         slopes *= self.scale
         grad_x.addmm_(slopes, self.a)
@@ -45,14 +45,13 @@ class PackedAdapter:
         """Add the gradients of A and B to their sums."""
         add_product(sums.a, slopes, x)
         lows = (x @ self.a.T).mul_(self.scale)
-        for low, total, columns in zip(self._split(lows), sums.bs, self._columns(grad), strict=True):
+        for low, total, columns in sums._parts(lows, grad):
             add_product(total, columns, low)
 
-    def _split(self, lows: Tensor) -> list[Tensor]:
-        return list(lows.chunk(len(self.bs), dim=-1))
-
-    def _columns(self, y: Tensor) -> list[Tensor]:
-        return [y[:, first : first + len(b)] for first, b in zip(self.firsts, self.bs, strict=True)]
+    def _parts(self, lows: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return for every part its share of `x A^T` [T, P r], its B, and its columns of the output [T, N]."""
+        shares = lows.chunk(len(self.bs), dim=-1)
+        return [(shares[i], b, y[:, self.firsts[i] : self.firsts[i] + len(b)]) for i, b in enumerate(self.bs)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -108,7 +108,7 @@ class PastPolicies:
         scored = [torch.zeros(len(age)) for age in ages]
         for age in sorted({*trained(ages, batch.loss_mask).tolist()}):
             columns = score(self._of(version - age, version))
-            scored = [torch.where(own == age, new, old) for own, new, old in zip(ages, columns, scored, strict=True)]
+            scored = [torch.where(own == age, columns[i], scored[i]) for i, own in enumerate(ages)]
         self._keep(version)
         return scored
 

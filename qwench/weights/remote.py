@@ -247,8 +247,8 @@ class _Publication:
 
     def _window(self) -> int:
         """Return how many buckets every engine takes at once; the same on all ranks."""
-        pairs = zip(self._routes, self._receivers, strict=True)
-        return min(receiver.window(route.transport) for route, receiver in pairs if route.transport != "disk")
+        numbered = enumerate(self._routes)
+        return min(self._receivers[i].window(route.transport) for i, route in numbered if route.transport != "disk")
 
     def _asked(self) -> list[Receiver]:
         """Return the engines whose requests this rank sends."""
@@ -256,10 +256,9 @@ class _Publication:
 
     def _served(self, *transports: str) -> _Served:
         """Return the engines that this rank takes part in serving."""
-        numbered = enumerate(zip(self._routes, self._receivers, strict=True))
         return [
-            (number, route, receiver)
-            for number, (route, receiver) in numbered
+            (number, route, self._receivers[number])
+            for number, route in enumerate(self._routes)
             if self._exchange.rank in route.ranks and (not transports or route.transport in transports)
         ]
 

@@ -27,16 +27,14 @@ class PendingChecksums:
     """Checksums of tensors that come one after the other; a GPU computes them in the background and is waited for once."""
 
     def __init__(self) -> None:
-        self._names: list[str] = []
-        self._lengths: list[int] = []
+        self._lengths: list[tuple[str, int]] = []
         self._sums: list[Tensor] = []
 
     def add(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Start on some tensors of one device; they may be written or freed afterwards, in the order of its stream."""
         pairs = list(named)
         if pairs:
-            self._names += [name for name, _ in pairs]
-            self._lengths += [tensor.numel() * 16 + tensor.element_size() for _, tensor in pairs]
+            self._lengths += [(name, tensor.numel() * 16 + tensor.element_size()) for name, tensor in pairs]
             self._sums.append(_word_sums([_words(tensor) for _, tensor in pairs]))
 
     def read(self) -> dict[str, int]:
@@ -46,7 +44,7 @@ class PendingChecksums:
         totals = torch.cat(self._sums).tolist()
         return {
             name: _signed(total * _LENGTH_MULTIPLIER + length)
-            for name, length, total in zip(self._names, self._lengths, totals, strict=True)
+            for (name, length), total in zip(self._lengths, totals, strict=True)
         }
 
 

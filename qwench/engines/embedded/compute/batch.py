@@ -199,7 +199,7 @@ def _scored(plan: StepPlan, firsts: IntArray) -> list[IntArray]:
 
 
 def _logit_rows(plan: StepPlan) -> IntArray | None:
-    finished = [1 + len(forks) for chunk, forks in zip(plan.prefills, plan.followers, strict=True) if chunk.samples]
+    finished = [1 + len(chunk.forks) for chunk in plan.prefills if chunk.samples]
     if all(count == 1 for count in finished):
         return None
     return np.repeat(np.arange(len(plan.decodes) + len(finished), dtype=np.int32), [1] * len(plan.decodes) + finished)

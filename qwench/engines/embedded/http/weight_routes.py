@@ -153,7 +153,10 @@ class WeightRoutes:
             raise WeightSyncError(f"there is no weight group {body.group_name!r}; call /init_weights_update_group first.")
         if body.load_format != "flattened_bucket":
             raise WeightSyncError(f"load_format must be flattened_bucket, got {body.load_format!r}.")
-        entries = lay_out(zip(body.names, map(_dtype, body.dtypes), body.shapes, strict=True))
+        if not len(body.names) == len(body.dtypes) == len(body.shapes):
+            counts = f"{len(body.names)} names, {len(body.dtypes)} dtypes and {len(body.shapes)} shapes"
+            raise WeightSyncError(f"a bucket must list each tensor's name, dtype and shape; it has {counts}.")
+        entries = lay_out((name, _dtype(body.dtypes[i]), body.shapes[i]) for i, name in enumerate(body.names))
         if [entry.name for entry in entries] != body.names:
             raise WeightSyncError("a flattened bucket lists its tensors from the widest dtype to the narrowest.")
         portion = body.portion()

@@ -30,6 +30,8 @@ class PrefillChunk:
     count: int
     is_last: bool
     """The chunk ends the tokens known so far, so the next one can be sampled after it."""
+    forks: Sequence[RunningRequest] = ()
+    """The siblings that fork from it in this step."""
 
     @property
     def samples(self) -> bool:
@@ -52,8 +54,6 @@ class StepPlan:
     decodes: list[RunningRequest] = field(default_factory=list)
     """Shortest first, so that attention can pad little."""
     prefills: list[PrefillChunk] = field(default_factory=list)
-    followers: list[list[RunningRequest]] = field(default_factory=list)
-    """For each prefill chunk: the siblings that fork from it in this step."""
     page_copies: list[tuple[int, int]] = field(default_factory=list)
     """(source, target) after the forward pass."""
     num_preempted: int = 0
@@ -62,8 +62,7 @@ class StepPlan:
     @property
     def sampling(self) -> list[RunningRequest]:
         """Return the requests that get a token: decodes, then each finished prefill followed by its siblings."""
-        prefilled = zip(self.prefills, self.followers, strict=True)
-        groups = [[chunk.request, *forks] for chunk, forks in prefilled if chunk.samples]
+        groups = [[chunk.request, *chunk.forks] for chunk in self.prefills if chunk.samples]
         return self.decodes + [request for group in groups for request in group]
 
     @property
@@ -152,15 +151,15 @@ class Scheduler:
         """Note that the plan is launched: later steps find its keys and values. Call it before its tokens are appended."""
         for request in plan.decodes:
             request.num_computed += 1
-        for chunk, forks in zip(plan.prefills, plan.followers, strict=True):
+        for chunk in plan.prefills:
             request = chunk.request
             request.num_computed += chunk.count
             if chunk.is_last:
                 self.pool.remember(request.tokens, request.pages, epoch=request.epoch, root=request.adapter.cache_root)
                 self._prefilling.remove(request)
-                for fork in forks:
+                for fork in chunk.forks:
                     fork.num_computed = request.num_computed
-                self._decoding.extend((request, *forks))
+                self._decoding.extend((request, *chunk.forks))
 
     def finish(self, requests: list[RunningRequest]) -> None:
         """Take finished requests out of the decoding set; their full pages stay cached for a continuation."""
@@ -202,9 +201,10 @@ class Scheduler:
         if count <= 0:
             return 0
         end = request.num_computed + count
-        chunk = PrefillChunk(request=request, start=request.num_computed, count=count, is_last=end == len(request.tokens))
+        is_last = end == len(request.tokens)
+        forks = self._fork_followers(plan, request) if is_last else []
+        chunk = PrefillChunk(request=request, start=request.num_computed, count=count, is_last=is_last, forks=forks)
         plan.prefills.append(chunk)
-        plan.followers.append(self._fork_followers(plan, request) if chunk.is_last else [])
         return count
 
     def _fork_followers(self, plan: StepPlan, leader: RunningRequest) -> list[RunningRequest]:

@@ -134,7 +134,7 @@ def test_a_step_gives_each_request_its_own_and_those_that_left_nothing():
         one.row = 0
     chunks = [PrefillChunk(request=one, start=0, count=3, is_last=True) for one in (scored, gone)]
     chunks.append(PrefillChunk(request=goes_on, start=0, count=1, is_last=True))
-    plan = StepPlan(prefills=chunks, followers=[[], [], []])
+    plan = StepPlan(prefills=chunks)
     scores = torch.ones(2, 1), torch.zeros(2, 1)
     step = InFlight(plan=plan, requests=requests, drawn=torch.zeros(0), arrived=None, support={2: [5, 6]}, scores=scores)
     ended, num_taken = take_step(step, ([8, 9, 5], [-1.0, -2.0, -3.0]), version=4, tokenizer=None)

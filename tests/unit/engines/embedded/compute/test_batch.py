@@ -49,11 +49,11 @@ def test_a_step_of_decodes_prompts_and_scores_is_packed_token_by_token():
         decoding(4, 6),
     )
     chunks = [
-        PrefillChunk(request=whole, start=3, count=3, is_last=True),
+        PrefillChunk(request=whole, start=3, count=3, is_last=True, forks=[fork]),
         PrefillChunk(request=begun, start=0, count=2, is_last=False),
         PrefillChunk(request=scores, start=1, count=3, is_last=True),
     ]
-    plan = StepPlan(decodes=[decoding(0, 5)], prefills=chunks, followers=[[fork], [], []], page_copies=[(7, 6)])
+    plan = StepPlan(decodes=[decoding(0, 5)], prefills=chunks, page_copies=[(7, 6)])
     step = PackedStep.of(plan, page_table, page_size=4)
     assert (step.rows.tolist(), step.samples.tolist()) == ([0, 1, 2, 3], [True, True, False, False])
     assert (step.page_copies, step.scorings, step.is_decode_only) == ([(7, 6)], [scoring], False)

@@ -270,6 +270,14 @@ def test_a_broadcast_bucket_is_received_in_its_group_and_answered_alone_or_confi
     [
         ({"load_format": None}, "load_format must be flattened_bucket, got None."),
         ({"dtypes": ["float32", "load"]}, "'load' is not a dtype."),
+        (
+            {"names": ["a"]},
+            "a bucket must list each tensor's name, dtype and shape; it has 1 names, 2 dtypes and 2 shapes.",
+        ),
+        (
+            {"shapes": []},
+            "a bucket must list each tensor's name, dtype and shape; it has 2 names, 2 dtypes and 0 shapes.",
+        ),
         ({"dtypes": ["bfloat16", "float32"]}, "a flattened bucket lists its tensors from the widest dtype to the narrowest."),
     ],
 )
