@@ -10,7 +10,6 @@ from typing import Any, get_type_hints
 import pytest
 
 from qwench.config.config import Config
-from qwench.config.sections.agent import AgentConfig
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.convert import ConvertConfig
@@ -234,8 +233,3 @@ def test_an_engine_is_found_by_host_and_port(address):
         EngineConfig(rollout_external_engine_addrs=("a:1", address))
     assert str(caught.value) == f"--rollout-external-engine-addrs must be host:port, got {address!r}"
     EngineConfig(rollout_external_engine_addrs=("a:1", "http://b:2/"))
-
-
-def test_agents_are_served_on_this_machine_at_a_free_port_unless_flags_say_otherwise():
-    assert AgentConfig().served_at == ("127.0.0.1", 0)
-    assert AgentConfig(session_server_ip="10.0.0.1", session_server_port=(8000,)).served_at == ("10.0.0.1", 8000)

@@ -1,0 +1,170 @@
+"""What sections answer about themselves."""
+
+from pathlib import Path
+
+import pytest
+
+from qwench.config.sections.agent import AgentConfig
+from qwench.config.sections.algorithm import AlgorithmConfig
+from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.convert import ConvertConfig, TorchDistToHfConfig
+from qwench.config.sections.data import DataConfig
+from qwench.config.sections.debug import DebugConfig
+from qwench.config.sections.distillation import DistillationConfig
+from qwench.config.sections.engine import ENGINE_FACTS, EngineConfig, EngineFacts
+from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.foreign import ForeignConfig
+from qwench.config.sections.lora import LoraConfig
+from qwench.config.sections.optimizer import OptimizerConfig
+from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.training import TrainingConfig
+from qwench.config.sections.verbs import ServerConfig
+
+SETS = {"eval_prompt_data": ("a", "a.jsonl")}
+SERVERS = DistillationConfig(use_opd=True, opd_type="sglang", opd_teacher_urls=("a=http://x/?k=1", "b=https://y"))
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize(
+    ("fact", "section", "value"),
+    [
+        ("served_at", AgentConfig(), ("127.0.0.1", 0)),
+        ("served_at", AgentConfig(session_server_ip="10.0.0.1", session_server_port=(8000,)), ("10.0.0.1", 8000)),
+        ("takes_entropy", AlgorithmConfig(), False),
+        ("takes_entropy", AlgorithmConfig(entropy_coef=-0.1), True),
+        ("takes_entropy", AlgorithmConfig(observe_training_entropy=True), True),
+        ("has_critic", AlgorithmConfig(), False),
+        ("has_critic", AlgorithmConfig(advantage_estimator="ppo"), True),
+        ("tis_bounds", AlgorithmConfig(use_tis=True, tis_clip=4.0, tis_clip_low=0.125), (0.125, 4.0)),
+        ("tis_bounds", AlgorithmConfig(use_tis=True, tis_clip=4.0, tis_mode="clip"), (0.25, 4.0)),
+        ("tis_bounds", AlgorithmConfig(use_tis=True, tis_clip=4.0, tis_mode="mask"), (0.25, 4.0)),
+        ("tis_bounds", AlgorithmConfig(use_tis=True, tis_clip=4.0, tis_mode="clip", tis_lower_bound=0.5), (0.5, 4.0)),
+        ("rs_bounds", AlgorithmConfig(use_rs=True, tis_clip=4.0), (0.25, 4.0)),
+        ("rs_bounds", AlgorithmConfig(use_rs=True, tis_clip=4.0, tis_lower_bound=0.5), (0.5, 4.0)),
+        ("rs_bounds", AlgorithmConfig(use_rs=True, rs_lower_bound=0.75, rs_upper_bound=3.0), (0.75, 3.0)),
+        ("early_stopping", CheckpointConfig(), None),
+        (
+            "early_stopping",
+            CheckpointConfig(save=Path("s"), keep_best=True, early_stopping_patience=2),
+            "--early-stopping-patience 2",
+        ),
+        ("brings_prompts", DataConfig(), False),
+        ("brings_prompts", DataConfig(disable_rollout_global_dataset=True), True),
+        ("brings_prompts", DataConfig(data_source_path="a.b"), True),
+        ("records", DebugConfig(), {}),
+        (
+            "records",
+            DebugConfig(
+                save_debug_rollout_data="r-{rollout_id}",
+                save_debug_train_data="t-{rollout_id}",
+                save_debug_trajectory_data="m-{rollout_id}",
+            ),
+            {
+                "--save-debug-rollout-data": "r-{rollout_id}",
+                "--save-debug-train-data": "t-{rollout_id}",
+                "--save-debug-trajectory-data": "m-{rollout_id}",
+            },
+        ),
+        ("teacher_flag", DistillationConfig(), "--rm-url"),
+        ("teacher_flag", SERVERS, "--opd-teacher-urls"),
+        ("kind", EngineConfig(), "embedded"),
+        ("kind", EngineConfig(rollout_engine="sglang"), "sglang"),
+        ("names_adapters", EngineConfig(), False),
+        ("names_adapters", EngineConfig(rollout_engine="sglang"), True),
+        ("names_adapters", EngineConfig(update_weight_transport="disk"), True),
+        ("routes_requests", EngineConfig(), False),
+        ("routes_requests", EngineConfig(use_sglang_router=True), True),
+        ("routes_requests", EngineConfig(router_args=("--policy", "random")), True),
+        ("is_beside", EvalConfig(), False),
+        ("is_beside", EvalConfig(**SETS, eval_low_priority=True), True),
+        ("is_beside", EvalConfig(**SETS, eval_num_gpus=1), True),
+        ("key_flags", EvalConfig(), {"input_key": "--input-key", "label_key": "--label-key"}),
+        ("key_flags", EvalConfig(eval_input_key="q"), {"input_key": "--eval-input-key", "label_key": "--label-key"}),
+        ("key_flags", EvalConfig(eval_label_key="a"), {"input_key": "--input-key", "label_key": "--eval-label-key"}),
+        ("has_sets", EvalConfig(), False),
+        ("has_sets", EvalConfig(**SETS), True),
+        ("has_sets", EvalConfig(eval_config=Path("sets.yaml")), True),
+        ("megatron_hooks", ForeignConfig(custom_advantage_function_path="a.b"), ()),
+        (
+            "megatron_hooks",
+            ForeignConfig(custom_megatron_init_path="a.b", custom_megatron_post_save_hook_path="a.c"),
+            ("--custom-megatron-init-path", "--custom-megatron-post-save-hook-path"),
+        ),
+        ("enabled", LoraConfig(), False),
+        ("enabled", LoraConfig(lora_rank=0), False),
+        ("enabled", LoraConfig(lora_rank=1), True),
+        ("rank", LoraConfig(), 0),
+        ("alpha", LoraConfig(lora_rank=8), 16.0),
+        ("alpha", LoraConfig(lora_rank=8, lora_alpha=0.5), 0.5),
+        ("scale", LoraConfig(lora_rank=8, lora_alpha=4.0), 0.5),
+        ("scale", LoraConfig(lora_rank=16, lora_alpha=4.0, use_rslora=True), 1.0),
+        ("targets", LoraConfig(lora_rank=8), ALL_LINEAR),
+        (
+            "targets",
+            LoraConfig(lora_rank=8, exclude_modules="up_proj,k_proj"),
+            ALL_LINEAR[:1] + ALL_LINEAR[2:5] + ALL_LINEAR[6:],
+        ),
+        ("targets", LoraConfig(lora_rank=8, target_modules="v_proj,q_proj"), ("q_proj", "v_proj")),
+        ("offloaded_share", OptimizerConfig(), 0.0),
+        ("offloaded_share", OptimizerConfig(optimizer_cpu_offload=True), 1.0),
+        ("offloaded_share", OptimizerConfig(optimizer_cpu_offload=True, optimizer_offload_fraction=0.25), 0.25),
+        ("truncation_flag", RolloutConfig(), None),
+        ("truncation_flag", RolloutConfig(rollout_top_p=0.5), "--rollout-top-p 0.5"),
+        ("truncation_flag", RolloutConfig(rollout_top_k=1), "--rollout-top-k 1"),
+        ("truncation_flag", RolloutConfig(rollout_min_p=0.1), "--rollout-min-p 0.1"),
+        ("freezing_flag", TrainingConfig(), None),
+        ("freezing_flag", TrainingConfig(freeze_params_name_list=("a",)), "--freeze-params-name-list"),
+        ("freezing_flag", TrainingConfig(only_train_params_name_list=("a",)), "--only-train-params-name-list"),
+        ("head_chunk_tokens", TrainingConfig(), 4096),
+        ("head_chunk_tokens", TrainingConfig(log_probs_chunk_size=7), 7),
+        ("batch_invariant", TrainingConfig(), False),
+        ("batch_invariant", TrainingConfig(batch_invariant_mode=True), True),
+        ("batch_invariant", TrainingConfig(true_on_policy_mode=True), True),
+        ("adapters", ServerConfig(lora=("a=b", "c=d=e")), {"a": Path("b"), "c": Path("d=e")}),
+    ],
+)
+def test_a_fact_of_a_section(fact, section, value):
+    assert getattr(section, fact) == value
+
+
+def test_teachers_have_their_urls_and_the_one_without_a_name_that_of_the_reward():
+    assert SERVERS.teacher_urls("http://r") == {"a": "http://x/?k=1", "b": "https://y"}
+    lone = DistillationConfig(use_opd=True, opd_type="sglang")
+    assert (list(lone.teacher_urls("http://r").values()), lone.teacher_urls(None)) == (["http://r"], {})
+    assert DistillationConfig().teacher_urls("http://r") == {}
+
+
+def test_checkpoints_are_numbered_by_what_was_learned_or_by_the_last_rollout():
+    assert CheckpointConfig().number(3) == 3
+    assert CheckpointConfig(save=Path("s"), save_numbering="last").number(3) == 2
+
+
+def test_parameters_are_frozen_by_the_names_that_match_or_by_those_that_do_not():
+    for section, trained in (
+        (TrainingConfig(), [True, True]),
+        (TrainingConfig(freeze_params_name_list=("layers.0", "norm")), [False, True]),
+        (TrainingConfig(only_train_params_name_list=("layers.0", "norm")), [True, False]),
+    ):
+        assert [section.trains(name) for name in ("model.layers.0.mlp", "model.layers.1.mlp")] == trained
+
+
+def test_what_the_engines_are():
+    assert dict(ENGINE_FACTS) == {
+        "embedded": EngineFacts(
+            runs_in_process=True, reads_embedded_flags=True, names_adapters=False, nccl_without_cumem=False
+        ),
+        "sglang": EngineFacts(runs_in_process=False, reads_embedded_flags=False, names_adapters=True, nccl_without_cumem=True),
+    }
+
+
+def test_weight_decay_acts_on_matrices_and_where_it_is_asked_on_norms_of_queries_and_keys():
+    norms = ["a.q_norm.weight", "a.k_norm.weight", "a.q_layernorm.weight", "a.k_layernorm.weight"]
+    for section, decayed in ((OptimizerConfig(), False), (OptimizerConfig(apply_wd_to_qk_layernorm=True), True)):
+        assert [section.decays(name, 1) for name in norms] == [decayed] * 4
+        assert (section.decays("a.q_proj.weight", 2), section.decays("norm.weight", 1)) == (True, False)
+
+
+def test_a_checkpoint_of_megatron_is_exported_as_slime_does_it():
+    section = TorchDistToHfConfig(input_dir=Path("a"), output_dir=Path("b"), origin_hf_dir=Path("c"))
+    assert (section.force, section.chunk_size, section.vocab_size) == (False, 2_000_000_000, None)
+    assert ConvertConfig(input=Path("a"), output=Path("b"), to="fp8").max_shard_gb == 2.0
