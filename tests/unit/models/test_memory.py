@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from qwench.models import memory
 from qwench.models.architecture import PROJECTIONS
 from qwench.models.hf import architecture_of
 from qwench.models.memory import (
@@ -11,6 +12,7 @@ from qwench.models.memory import (
     SequenceCost,
     StateBytes,
     adapter_bytes,
+    fp8_bytes,
     fsdp_bytes,
     gib,
     kv_bytes_per_token,
@@ -115,6 +117,49 @@ def test_each_rank_holds_all_weights_in_fewer_bits():
     held = adapter_bytes(SMALL, BF16, num_shards=2, num_trained=100, keeps_start=False, holds_reference=True, **fewer)
     assert held.weights == (668 - 400) // 2 * 2 + 400 // 2 + 50 * 4
     assert held.host_reference == ((668 - 400) // 2 + 400) * 2, "a teacher is not in fewer bits"
+
+
+@pytest.mark.parametrize("room", [0, -1])
+def test_gradients_up_to_a_size_stay_whole(room, monkeypatch):
+    monkeypatch.setattr(memory, "WHOLE_GRADIENT_BYTES", 668 * 4 + room)
+    held = fsdp_bytes(SMALL, BF16, num_shards=4, holds_reference=False)
+    assert held.gradients == (668 if room == 0 else 167) * 4
+    adapters = adapter_bytes(SMALL, BF16, num_shards=4, num_trained=668, keeps_start=False, holds_reference=False)
+    assert adapters.gradients == (668 if room == 0 else 167) * 4
+
+
+def test_half_of_the_state_may_lie_on_the_host():
+    half = StateBytes(param=2, moments=4, offloaded=0.5)
+    assert fsdp_bytes(SMALL, half, num_shards=3, holds_reference=True) == RankBytes(
+        weights=223 * 2, gradients=668 * 4, optimizer=669, host_optimizer=892, host_reference=446
+    )
+    assert adapter_bytes(SMALL, half, num_shards=3, num_trained=100, keeps_start=True, holds_reference=False) == RankBytes(
+        weights=223 * 2 + 34 * 4, gradients=400, optimizer=102, host_optimizer=136, host_reference=0
+    )
+    held = megatron_bytes(SMALL, half, tp=1, pp=1, num_replicas=3, holds_reference=False)
+    assert (held.optimizer, held.host_optimizer, held.host_reference) == (223 * 4, 223 * 4, 0)
+
+
+def test_megatrons_float32_weights_are_their_masters_and_a_stage_may_have_more_layers():
+    float32 = StateBytes(param=4, moments=8, offloaded=0.0)
+    held = megatron_bytes(SMALL, float32, tp=1, pp=2, num_replicas=1, holds_reference=True, stage_layers=3)
+    stage = 3 * (MATRICES + NORMS) + 40 + 4
+    assert held == RankBytes(
+        weights=stage * 4, gradients=stage * 4, optimizer=stage * 8, host_optimizer=0, host_reference=stage * 4
+    )
+    untied = replace(SMALL, tied_head=False, vocab_size=11)
+    layers = 4 * (MATRICES + NORMS) + 4
+    for pp, tables in ((1, 2), (2, 1)):
+        held = megatron_bytes(untied, float32, tp=2, pp=pp, num_replicas=1, holds_reference=False, stage_layers=4)
+        assert held.gradients == (layers - 4 * MATRICES // 2 + tables * 6 * 4) * 4, "half of 11 rows is 6"
+
+
+def test_fp8_models_have_a_scale_for_each_block():
+    wide = replace(SMALL, hidden_size=129, ffn_hidden_size=256)
+    # q, k, v: 1 x 2 blocks, o: 2 x 1, gate and up: 2 x 2, down: 2 x 2.
+    matrices = 4 * (129 * 4 + 129 * 2 * 2 + 4 * 129 + 3 * 129 * 256)
+    rest = 4 * (2 * 129 + 2 * 2) + 10 * 129 + 129
+    assert fp8_bytes(wide, element_bytes=2) == matrices + 4 * 4 * (4 * 2 + 3 * 4) + 2 * rest
 
 
 def test_a_megatron_rank_holds_a_frozen_stage_and_its_share_of_adapters():

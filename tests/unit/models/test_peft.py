@@ -1,14 +1,19 @@
-"""The factors of a matrix that an adapter begins from."""
+"""An adapter's folder: what it says and holds, who may go on with it, and the factors of a matrix that it begins from."""
 
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 
 import pytest
 import torch
 
-from qwench.errors import ConfigError
-from qwench.models.peft import AdapterConfig, factors, write_adapter
+from qwench.config.sections.lora import LoraConfig
+from qwench.errors import CheckpointError, ConfigError
+from qwench.models.architecture import PROJECTIONS
+from qwench.models.peft import AdapterConfig, AdapterFolder, factors, merged, write_adapter
+from tests.unit.config.architectures import QWEN3_4B
 
 
 @pytest.mark.parametrize("rows", [40, 1025], ids=["exact", "randomized"])
@@ -93,3 +98,113 @@ def test_the_written_file_is_pefts_and_is_read_back(tmp_path):
     read = AdapterConfig.read(tmp_path)
     assert (read.rank, read.alpha, read.use_rslora, read.targets, read.base) == (4, 8.0, True, config.targets, "Qwen/Tiny")
     assert read.scale == 4.0, "alpha / sqrt(rank)"
+
+
+@pytest.mark.parametrize(
+    ("flags", "rank", "alpha"),
+    [
+        ({}, 4, 6.0),
+        ({"use_rslora": True}, 4, 6.0),
+        ({"lora_init": "pissa"}, 8, 12.0),
+        ({"lora_init": "pissa", "use_rslora": True}, 8, 6 * 2**0.5),
+    ],
+)
+def test_a_run_writes_its_flags_and_its_start_as_another_half(flags, rank, alpha):
+    section = LoraConfig(lora_rank=4, lora_alpha=6, lora_dropout=0.25, target_modules="down_proj,q_proj", **flags)
+    config = AdapterConfig.of_run(section, base="folder")
+    assert (config.rank, config.alpha, config.use_rslora) == (rank, alpha, flags.get("use_rslora", False))
+    assert (config.targets, config.dropout, config.base) == (("q_proj", "down_proj"), 0.25, "folder")
+    assert config.scale == pytest.approx(section.scale)
+
+
+def test_what_a_file_leaves_out_has_pefts_meaning(tmp_path):
+    found = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["model.layers.0.self_attn.v_proj", "other"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(found))
+    read = AdapterConfig.read(tmp_path)
+    assert (read.use_rslora, read.targets, read.dropout, read.base) == (False, ("v_proj",), 0.0, "")
+    assert type(read.alpha) is float and read.scale == 1.5
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3}))
+    assert AdapterConfig.read(tmp_path).targets == PROJECTIONS, "without weights it may be any"
+    with pytest.raises(ConfigError, match=r"there is no adapter_config\.json in .*nowhere; give a PEFT folder"):
+        AdapterConfig.read(tmp_path / "nowhere")
+    AdapterConfig(rank=2, alpha=1.5, use_rslora=False, targets=("q_proj",)).write(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 1.5
+
+
+SMALL = replace(QWEN3_4B, num_layers=1, hidden_size=4, ffn_hidden_size=6, num_heads=2, num_kv_heads=1, head_dim=2, vocab_size=8)
+SECTION = LoraConfig(lora_rank=2, lora_alpha=4.0, target_modules="v_proj")
+MATRICES = {
+    "model.layers.0.self_attn.v_proj.lora_A.weight": torch.arange(8.0).view(2, 4).bfloat16(),
+    "model.layers.0.self_attn.v_proj.lora_B.weight": torch.ones(2, 2),
+}
+
+
+def write(folder, matrices=MATRICES, **changes):
+    folder.mkdir(exist_ok=True)
+    write_adapter(folder, replace(AdapterConfig.of_run(SECTION, base=""), **changes), matrices)
+    return folder
+
+
+def test_an_adapter_goes_on_in_a_run_of_its_model_and_flags(tmp_path):
+    stored = AdapterFolder.of_run(write(tmp_path), SECTION, SMALL)
+    assert stored.folder == tmp_path and stored.config.rank == 2
+    for name, matrix in MATRICES.items():
+        assert stored.read(name).dtype == torch.float32 and torch.equal(stored.read(name), matrix.float())
+
+
+@pytest.mark.parametrize(
+    ("changes", "section", "message"),
+    [
+        ({"rank": 3}, {}, "has rank 3, this run 2; give --lora-rank 3.$"),
+        ({"rank": 3}, {"lora_init": "pissa"}, "has rank 3, this run 4; give --lora-rank 3 --lora-init kaiming.$"),
+        ({"alpha": 6.0}, {}, "has the scale 3, this run 2; give --lora-alpha 6.$"),
+        (
+            {"targets": ("q_proj", "k_proj")},
+            {},
+            "has the projections q_proj,k_proj, this run v_proj; give --target-modules q_proj,k_proj.$",
+        ),
+        (
+            {"targets": ("q_proj",)},
+            {"target_modules": "q_proj,v_proj", "exclude_modules": "q_proj"},
+            "has the projections q_proj, this run v_proj; give --target-modules q_proj without --exclude-modules.$",
+        ),
+    ],
+)
+def test_an_adapter_of_other_flags_is_refused_with_those_to_give(tmp_path, changes, section, message):
+    with pytest.raises(ConfigError, match=f"^the adapter {tmp_path} {message}"):
+        AdapterFolder.of_run(write(tmp_path, **changes), replace(SECTION, **section), SMALL)
+
+
+def test_an_adapter_of_another_model_or_of_other_tensors_is_refused(tmp_path):
+    wide = {**MATRICES, "model.layers.0.self_attn.v_proj.lora_B.weight": torch.ones(3, 2)}
+    fewer = dict([next(iter(MATRICES.items()))])
+    for number, matrices in enumerate((wide, fewer)):
+        with pytest.raises(ConfigError, match=r"is of another model: .*v_proj\.lora_B\.weight differs or is missing"):
+            AdapterFolder.of_run(write(tmp_path / str(number), matrices), SECTION, SMALL)
+    for name in ("model.layers.0.mlp.gate.lora_A.weight", "model.layers.0.self_attn.v_proj.lora_C.weight", "norm.weight"):
+        folder = write(tmp_path / name, {name: torch.ones(2, 4)})
+        with pytest.raises(ConfigError, match=f"holds base_model.model.{name}; only adapters of the layers' projections"):
+            AdapterFolder(folder)
+
+
+def test_a_folder_without_an_adapter_that_can_be_read_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"there is no folder .*nowhere\."):
+        AdapterFolder.of_run(tmp_path / "nowhere", SECTION, SMALL)
+    with pytest.raises(CheckpointError, match=r"has no adapter_config\.json and holds no adapter; give whole weights as"):
+        AdapterFolder.of_run(tmp_path, SECTION, SMALL)
+    folder = write(tmp_path)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ConfigError, match=r"holds adapter_model\.bin, a pickle, which can run code and is not read"):
+        AdapterFolder(folder)
+    os.mkfifo(folder / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=r"adapter_model\.safetensors is no regular file"):
+        AdapterFolder(folder)
+
+
+def test_a_merged_weight_is_rounded_once():
+    weight = torch.tensor([[256.0, 1.0]]).bfloat16()
+    a, b = torch.tensor([[1.0, 2.0]]).bfloat16(), torch.tensor([[0.75]]).bfloat16()
+    # Rounded twice it would be 256: neighbours of 256 are 255 and 258.
+    assert (
+        merged(weight, a, b, scale=1.5).tolist() == [[258.0, 3.25]] and merged(weight, a, b, scale=1.5).dtype == torch.bfloat16
+    )
