@@ -237,6 +237,40 @@ def test_recorded_rollouts_have_no_epochs():
     with pytest.raises(ConfigError, match="--num-rollout is required here"):
         check_rules(Config(debug=debug, rollout=RolloutConfig(num_epoch=2)))
     check_rules(Config(debug=debug, rollout=RolloutConfig(num_epoch=2, num_rollout=3)))
+    tuned = Config(debug=debug, rollout=RolloutConfig(num_epoch=2), algorithm=AlgorithmConfig(loss_type="sft_loss"))
+    assert rules.recorded_rollouts_are_counted(tuned) is None
+    assert rules.recorded_rollouts_are_counted(Config(rollout=RolloutConfig(num_epoch=2))) is None
+
+
+@pytest.mark.parametrize(
+    ("num_rollout", "exits_after", "begin", "said"),
+    [(8, None, 8, 8), (8, 4, 4, 4), (3, 4, 3, 3), (None, 4, 5, 4), (8, 4, 3, None), (None, None, 9, None)],
+)
+def test_a_trace_begins_before_a_start_ends(num_rollout, exits_after, begin, said):
+    config = Config(
+        rollout=RolloutConfig(num_rollout=num_rollout),
+        debug=DebugConfig(debug_exit_after_rollout=exits_after),
+        profiling=ProfilingConfig(use_pytorch_profiler=True, profile_step_start=begin),
+    )
+    problem = rules.a_start_reaches_its_traces(config)
+    assert problem == (
+        None
+        if said is None
+        else f"--profile-step-start ({begin}) leaves nothing to trace: a start has {said} rollouts, counted from 0; give a "
+        "smaller number"
+    )
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"logging": LoggingConfig(use_tensorboard=True, log_dir=Path("a"))},
+        {"logging": LoggingConfig(use_tensorboard=True, tensorboard_dir=Path("a"))},
+        {"logging": LoggingConfig(use_tensorboard=True), "checkpoint": CheckpointConfig(save=Path("a"))},
+    ],
+)
+def test_one_folder_is_enough_for_curves(sections):
+    assert rules.tensorboard_has_a_folder(Config(**sections)) is None
 
 
 def test_every_rule_is_applied():
