@@ -32,7 +32,8 @@ TEMPORARY_SUFFIX = ".writing"
 """Suffix of an incomplete file or folder; a later start may delete it."""
 LOCK = "qwench.lock"
 """Marks a folder that one run at a time may write to. The file names the process, whose end releases the kernel's lock."""
-_MAX_NAME_BYTES = 255
+MAX_NAME_BYTES = 255
+"""On every file system of Linux."""
 _WIDTH = re.compile(r"0?[0-9]?d?")
 """How a number may be written into a path: `{rollout_id:07d}`."""
 _TROUBLES_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -336,9 +337,9 @@ def fill_rollout_id(template: str, rollout_id: int, *, flag: str) -> str:
         fields = [(field, spec, conversion) for _, field, spec, conversion in Formatter().parse(template) if field is not None]
         if all(field == "rollout_id" and _WIDTH.fullmatch(spec or "") and not how for field, spec, how in fields):
             path = template.format(rollout_id=rollout_id)
-            if all(len(os.fsencode(part)) <= _MAX_NAME_BYTES for part in Path(path).parts):
+            if all(len(os.fsencode(part)) <= MAX_NAME_BYTES for part in Path(path).parts):
                 return path
-            raise ConfigError(f"{flag} has a name of more than {_MAX_NAME_BYTES} bytes, got {template[:80]!r}; shorten it.")
+            raise ConfigError(f"{flag} has a name of more than {MAX_NAME_BYTES} bytes, got {template[:80]!r}; shorten it.")
     except ValueError:
         pass  # braces that do not close
     raise ConfigError(f"{flag} {template!r} has a placeholder other than {{rollout_id}}; use only that one.")

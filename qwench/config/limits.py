@@ -7,6 +7,7 @@ from qwench.errors import ConfigError
 from qwench.files import fill_rollout_id
 from qwench.plugins import is_function_path
 
+MAX_PORT = 65_535
 _LARGE_ROLLOUT_ID = 9_999_999
 _LONGEST_S = 1e8
 """Three years. Timers of the operating system, of PyTorch and of its collectives count what is longer in too few bits."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-_MAX_NAME_BYTES = 255
-"""Of a file or folder, on every file system of Linux."""
+from qwench.files import MAX_NAME_BYTES
+
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
@@ -76,8 +76,8 @@ def _parse_one(kind: Any, value: str) -> Any:
         raise ValueError(f"must not hold a NUL character, got {_short(value)}")
     if kind is Path and not value:
         raise ValueError("must be a path, got nothing; an empty variable of a shell script is a common cause")
-    if kind is Path and any(len(part.encode(errors="replace")) > _MAX_NAME_BYTES for part in Path(value).parts):
-        raise ValueError(f"must be a path of names of at most {_MAX_NAME_BYTES} bytes, got {_short(value)}")
+    if kind is Path and any(len(part.encode(errors="replace")) > MAX_NAME_BYTES for part in Path(value).parts):
+        raise ValueError(f"must be a path of names of at most {MAX_NAME_BYTES} bytes, got {_short(value)}")
     if kind is Path and is_circular(value):
         raise ValueError(f"must not lead in a circle of symbolic links, got {_short(value)}")
     try:

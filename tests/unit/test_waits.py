@@ -1,9 +1,11 @@
-"""docs/waits.md tells what waits how long: every number there is that of the code, and none is missing."""
+"""docs/waits.md and docs/limits.md: every number there is that of the code, and none is missing."""
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
+
+import pytest
 
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.reward import RewardConfig
@@ -11,33 +13,40 @@ from qwench.config.sections.timeouts import TimeoutConfig
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {path.relative_to(ROOT / "qwench"): path.read_text("utf-8") for path in sorted((ROOT / "qwench").rglob("*.py"))}
-CONSTANT = re.compile(r"^(_?[A-Z]\w*_S|_?(?:MAX_|CONNECT_)?ATTEMPTS|MAX_STARTS) = ([\d._e]+)(?:  #.*)?$", re.MULTILINE)
+WAITS = r"_?[A-Z]\w*_S|_?(?:MAX_|CONNECT_)?ATTEMPTS|MAX_STARTS"
+LIMITS = r"_?(?:MAX|MOST)_(?!ATTEMPTS|STARTS)\w*(?<!_S)"
 KEYWORD = r"\b(?:timeout\w*|\w+_s)=[\d.]*[1-9][\d.]*(?=[,)])"
 IN_A_CALL = re.compile(KEYWORD + r"|\b(?:sleep|join|wait|wait_for|poll|alarm)\([^()]*\b[\d.]*[1-9]\d*\)")
 OF_A_SIGNATURE = re.compile(r"^ +\w*(?:timeout|_s): (?:float|int)(?: \| None)? = \d.*$", re.MULTILINE)
 SECONDS_OF = {"s": 1, "min": 60, "h": 3600}
 
 
-def rows(*, width: int) -> Iterator[list[str]]:
+def rows(page: str, *, width: int) -> Iterator[list[str]]:
     """Return the cells of the page's rows with so many columns."""
-    for line in (ROOT / "docs/waits.md").read_text("utf-8").splitlines():
+    for line in (ROOT / "docs" / page).read_text("utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if line.startswith("| ") and len(cells) == width and "`" in line and all(cells):
             yield cells
 
 
-def test_the_page_lists_every_fixed_deadline_pause_and_number_of_tries():
-    shown = {cells[-1].strip("`"): float(cells[1]) for width in (3, 4) for cells in rows(width=width) if "`--" not in cells[1]}
-    found = {
-        ".".join([*path.with_suffix("").parts, name]): float(value)
+def numbers(names: str) -> dict[str, float]:
+    """Return the constants of such names in all modules."""
+    constant = re.compile(rf"^({names}) = (\d[\d._e */+<>-]*)(?:  #.*)?$", re.MULTILINE)
+    return {
+        ".".join([*path.with_suffix("").parts, name]): float(eval(value))  # digits and operators
         for path, source in SOURCES.items()
-        for name, value in CONSTANT.findall(source)
+        for name, value in constant.findall(source)
     }
-    assert shown == found
+
+
+@pytest.mark.parametrize(("page", "names"), [("waits.md", WAITS), ("limits.md", LIMITS)])
+def test_the_page_lists_every_fixed_number_of_its_kind(page, names):
+    cells = [row for width in (3, 4) for row in rows(page, width=width) if "`--" not in row[1]]
+    assert {row[-1].strip("`"): float(row[1]) for row in cells} == numbers(names)
 
 
 def test_the_page_lists_every_deadline_that_a_flag_sets():
-    shown = {flag.strip("`"): default for _, flag, default in rows(width=3) if "`--" in flag}
+    shown = {flag.strip("`"): default for _, flag, default in rows("waits.md", width=3) if "`--" in flag}
     sections: tuple[type, ...] = (TimeoutConfig, EngineConfig, RewardConfig)
     defaults: Mapping[str, object] = {
         "--" + one.name.replace("_", "-"): one.default

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qwench.config.limits import check_not_negative, check_positive
+from qwench.config.limits import MAX_PORT, check_not_negative, check_positive
 from qwench.errors import ConfigError
-
-_LAST_PORT = 65535
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +80,8 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         check_not_negative("--show-samples", self.show_samples)
-        if not 1 <= self.prometheus_port <= _LAST_PORT:
-            raise ConfigError(f"--prometheus-port must be from 1 to {_LAST_PORT}, got {self.prometheus_port}")
+        if not 1 <= self.prometheus_port <= MAX_PORT:
+            raise ConfigError(f"--prometheus-port must be from 1 to {MAX_PORT}, got {self.prometheus_port}")
         check_positive("--mfu-peak-tflops", self.mfu_peak_tflops)
         check_positive("--table-interval", self.table_interval)
         if self.use_wandb and self.wandb_project is None:

@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from qwench.config.limits import check_positive
+from qwench.config.limits import MAX_PORT, check_positive
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.errors import ConfigError
-
-MAX_PORT = 65_535
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from qwench.config.limits import MAX_PORT
 from qwench.engines.embedded.compute.weights import read_folder
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.http.answers import json_answer
@@ -80,7 +81,7 @@ class GroupBody(BaseModel):
     """Body of `/init_weights_update_group`."""
 
     master_address: str
-    master_port: int = Field(ge=1, le=65_535)
+    master_port: int = Field(ge=1, le=MAX_PORT)
     rank_offset: int = Field(ge=0, lt=2**31)
     world_size: int = Field(ge=1, lt=2**31)
     group_name: str = "weight_update_group"
