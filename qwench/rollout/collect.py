@@ -77,7 +77,7 @@ class Collector:
         while len(tally.accepted) + len(pending) < self._num_groups and tally.rounds < self._max_rounds:
             tally.rounds += 1
             for group in self._buffer.next_groups(self._over_sampling):
-                pending.add(asyncio.create_task(self._runner.run(group, rollout_id=rollout_id), name=f"group {group.group_id}"))
+                pending.add(asyncio.create_task(self._runner.run(group, rollout_id=rollout_id)))
 
     async def _wait(self, pending: set[asyncio.Task[Group]]) -> list[Group]:
         """Wait for some group (deterministic: all) and return the finished groups in order; raise the first error."""

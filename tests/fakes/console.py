@@ -17,9 +17,18 @@ class RecordingBar:
         self.events.append(("bar", done, left, note))
 
 
+class RecordingProgress:
+    def __init__(self, description: str, total: int) -> None:
+        self.description, self.total, self.steps = description, total, list[int]()
+
+    def advance(self, count: int) -> None:
+        self.steps.append(count)
+
+
 class RecordingConsole(QuietConsole):
     def __init__(self, *, width: int | None = None) -> None:
         self.events: list[tuple] = []
+        self.progresses: list[RecordingProgress] = []
         self.width = width
 
     @property
@@ -34,6 +43,11 @@ class RecordingConsole(QuietConsole):
         with output.capture() as captured:
             output.print(table)
         self.events.append(("table", captured.get()))
+
+    @contextmanager
+    def progress(self, description: str, *, total: int) -> Iterator[RecordingProgress]:
+        self.progresses.append(RecordingProgress(description, total))
+        yield self.progresses[-1]
 
     @contextmanager
     def run(self, unit: str, *, done: int, total: int) -> Iterator[RecordingBar]:

@@ -1,5 +1,6 @@
 import json
 from string import ascii_lowercase
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -121,6 +122,30 @@ def test_finished_rollouts_travel_whole():
     assert list(other.begin(4, last=9)) == [5]
     assert other.take(4) == buffer.take(4)
     assert prompts_of(other.next_groups(1)) == "c"
+
+
+def test_interrupted_groups_go_on_in_the_order_of_their_ids_and_are_no_longer_in_flight():
+    buffer = GroupBuffer(letters_source())
+    begun = buffer.next_groups(4)
+    assert not buffer.has_interrupted
+    for groups in (begun[2:], begun[:1]):
+        buffer.put_first(groups[::-1])
+    assert (prompts_of(buffer.in_flight), buffer.has_interrupted) == ("b", True)
+    assert prompts_of(buffer.next_groups(2)) == "ac"
+    assert prompts_of(buffer.next_groups(2)) == "de"
+    assert not buffer.has_interrupted
+
+
+@pytest.mark.parametrize("noted", [None, 3, 4])
+def test_the_source_is_told_which_rollout_was_taken_last(noted):
+    source = SimpleNamespace(state_dict=lambda *, last_rollout_id: {"last": last_rollout_id})
+    buffer = GroupBuffer(source)
+    if noted == 3:
+        buffer.note_taken(3)
+    elif noted == 4:
+        buffer.finish(Rollout(rollout_id=4, groups=[]))
+        buffer.take(4)
+    assert buffer.state_dict()["source"] == {"last": noted}
 
 
 def test_state_of_an_older_checkpoint_has_nothing_in_flight():

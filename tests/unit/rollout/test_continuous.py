@@ -54,7 +54,9 @@ def right(sample):
 
 
 @contextmanager
-def open_stream(engine, *, staleness=1, score=right, source=None, deterministic=False, selection=None, state=None, **options):
+def open_stream(
+    engine, *, staleness=1, score=right, source=None, deterministic=False, selection=None, state=None, console=None, **options
+):
     limits = {key: options.pop(key, default) for key, default in (("max_groups_in_flight", None), ("max_rounds", 10))}
     section = AsyncConfig(fully_async=True, max_weight_staleness=staleness, **options)
     with closing(EnginePool([engine], EventLoopThread())) as engines:
@@ -66,7 +68,7 @@ def open_stream(engine, *, staleness=1, score=right, source=None, deterministic=
             StalenessBound(groups_per_rollout=2, max_staleness=staleness, num_rollouts=9),
             section,
             LoggingConfig(),
-            console=RecordingConsole(),
+            console=console or RecordingConsole(),
             groups_per_rollout=2,
             deterministic=deterministic,
             **limits,
@@ -306,6 +308,20 @@ def test_a_deterministic_run_waits_for_every_group_before_a_publication_and_take
         {"e": [1, 1], "f": [1, 1]},
         {"g": [2, 2], "h": [2, 2]},
     ]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_rollout_counts_its_groups_as_they_come_and_those_that_timing_decides(deterministic):
+    engine, console = GatedEngine("cd"), RecordingConsole()
+    with open_stream(engine, deterministic=deterministic, console=console) as stream:
+        rollout = stream.take(0)
+        if not deterministic:
+            counts = [rollout.metrics[f"rollout/async/groups_{name}"] for name in ("in_flight", "finished")]
+            assert counts == [2.0, 0.0]
+        engine.closed_to.clear()
+    assert deterministic == ("rollout/async/groups_in_flight" not in rollout.metrics)
+    (bar,) = console.progresses
+    assert (bar.description, bar.total, sum(bar.steps)) == ("generate rollout 0", 2, 2) and min(bar.steps) >= 0
 
 
 def drop_c(group):

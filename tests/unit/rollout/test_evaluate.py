@@ -1,15 +1,17 @@
 import json
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.pool import EnginePool
-from qwench.errors import RewardError
+from qwench.errors import EngineError, RewardError
 from qwench.rollout.evaluate import EvalResult, EvalSet, Evaluator
 from qwench.rollout.generate import generate_single_turn
 from qwench.samples import Group, Sample, Status, Verdict
+from tests.deadlines import patient
 from tests.fakes.console import RecordingConsole
 from tests.fakes.engine import CharTokenizer, FakeEngine
 from tests.fakes.grader import FakeGrader
@@ -30,7 +32,8 @@ def evaluator(sets, grader, **options):
 
 def run(sets, score, *, engine=None, call="evaluate", **options):
     with closing(EnginePool([engine or FakeEngine(write_ok)], EventLoopThread())) as engines:
-        return getattr(evaluator(sets, FakeGrader(score), **options), call)(engines)
+        answer = getattr(evaluator(sets, FakeGrader(score), **options), call)(engines)
+        return engines.run(answer, label=call, timeout_s=patient(20)) if call == "measure" else answer
 
 
 @pytest.mark.parametrize("priority", [0, -1])
@@ -130,23 +133,59 @@ def test_failing_reward_comes_out():
         run([eval_set("s", "ab")], fails)
 
 
-def test_custom_evaluation_runs_sets_and_names_its_own_metrics():
+@pytest.mark.parametrize("call", ["evaluate", "measure"])
+def test_custom_evaluation_runs_sets_and_names_its_own_metrics(call):
     async def worst(sets, run_set):
         return {"eval/worst": min([(await run_set(one)).score for one in sets])}
 
     sets = [eval_set("x", "a"), eval_set("y", "b")]
-    assert run(sets, lambda s: float(s.prompt.text == "a"), function=worst) == {"eval/worst": 0.0}
+    assert run(sets, lambda s: float(s.prompt.text == "a"), function=worst, call=call) == {"eval/worst": 0.0}
 
 
+def test_an_evaluation_beside_training_has_a_deadline_for_each_set():
+    engine = FakeEngine(write_ok, ticks=lambda context, request: None)
+    with pytest.raises(EngineError, match=r"^an evaluation beside training took longer than 0\.01 s a set\.$"):
+        run([eval_set("x", "a"), eval_set("y", "b")], lambda sample: 1.0, engine=engine, call="measure", timeout_s=0.01)
+
+
+def test_every_sample_of_a_set_counts_in_its_progress():
+    console = RecordingConsole()
+    run([eval_set("x", "ab", n=2), eval_set("y", "c")], lambda sample: 1.0, console=console)
+    shown = [(bar.description, bar.total, bar.steps) for bar in console.progresses]
+    assert shown == [("evaluate x", 2, [1, 1]), ("evaluate y", 1, [1])]
+
+
+@pytest.mark.parametrize("call", ["evaluate", "run"])
+@pytest.mark.parametrize(("own", "named"), [(None, "mine.fn"), ("other.fn", "other.fn")])
+def test_a_wait_names_the_function_that_generates(call, own, named):
+    waits, said = [], []
+
+    def attend(coroutine, *, label, timeout_s, describe):
+        waits.append((label, timeout_s))
+        described.append(describe)
+        return engines.run(coroutine, label=label, timeout_s=patient(20))
+
+    async def slow(sample, context):
+        said.append(described[-1]())
+        return await generate_single_turn(sample, context)
+
+    described, one = [], replace(eval_set("x", "a"), generate=own and slow, generate_path=own)
+    with closing(EnginePool([FakeEngine(write_ok)], EventLoopThread())) as engines:
+        made = evaluator([one], FakeGrader(lambda sample: 1.0), generate=slow, generate_path="mine.fn", timeout_s=7.0)
+        getattr(made, call)(engines, SimpleNamespace(attend=attend))
+    assert waits == [("evaluation of x", 7.0)] and named in said[0]
+
+
+@pytest.mark.parametrize("call", ["evaluate", "measure"])
 @pytest.mark.parametrize("logged", [True, False])
-def test_what_a_function_has_logged_is_not_logged_again(logged):
+def test_what_a_function_has_logged_is_not_logged_again(logged, call):
     seen = []
 
     def log(results, metrics):
         seen.append(([result.name for result in results], metrics))
         return logged
 
-    metrics = run([eval_set("x", "a"), eval_set("y", "b")], lambda sample: 1.0, log=log)
+    metrics = run([eval_set("x", "a"), eval_set("y", "b")], lambda sample: 1.0, log=log, call=call)
     [(names, shown)] = seen
     assert names == ["x", "y"] and shown["eval/x"] == shown["eval/y"] == 1.0
     assert metrics == ({} if logged else shown)

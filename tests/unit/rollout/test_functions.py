@@ -1,4 +1,5 @@
 import asyncio
+import re
 from dataclasses import replace
 
 import pytest
@@ -100,6 +101,44 @@ def test_each_flag_names_its_own_function_and_without_it_the_built_in_one_serves
         found = load_functions(*named.values())
         function = getattr(found, field)
         assert function.__name__ == name and found == replace(built_in, **{field: function})
+
+
+async def fails_later(*arguments):
+    raise ValueError(len(arguments))
+
+
+def fails(*arguments):
+    raise ValueError(len(arguments))
+
+
+def none():
+    """Take no argument."""
+
+
+@pytest.mark.parametrize(
+    ("flag", "field", "called_as"),
+    [
+        ("custom-generate-function-path", "generate", "await fn(sample, context)"),
+        ("rollout-function-path", "make_rollout", "await fn(rollout_id, context)"),
+        ("dynamic-sampling-filter-path", "group_filter", "fn(group)"),
+        ("rollout-sample-filter-path", "sample_filter", "fn(sample, group)"),
+        ("buffer-filter-path", "buffer_filter", "fn(groups, num_groups)"),
+        ("rollout-all-samples-process-path", "on_all_groups", "fn(groups)"),
+        ("eval-function-path", "evaluate", "await fn(sets, run_set)"),
+    ],
+)
+def test_a_function_is_refused_and_fails_under_the_name_of_its_flag(flag, field, called_as):
+    def loaded(name):
+        path = {flag.replace("-", "_"): f"{HERE}.{name}"}
+        evaluation = EvalConfig(**path) if field == "evaluate" else EvalConfig()
+        return getattr(load_functions(RolloutConfig() if field == "evaluate" else RolloutConfig(**path), evaluation), field)
+
+    with pytest.raises(ConfigError, match=rf"^--{flag} '{HERE}.none' .* but is called as {re.escape(called_as)}"):
+        loaded("none")
+    is_async, number = called_as.startswith("await"), called_as.count(",") + 1
+    with pytest.raises(QwenchError, match=rf"^--{flag} '{HERE}.\w+' failed: ValueError: {number} "):
+        answer = loaded("fails_later" if is_async else "fails")(*range(number))
+        asyncio.run(answer)
 
 
 def load(path):

@@ -128,11 +128,12 @@ def test_weights_that_change_within_a_response_are_recorded_token_by_token():
     class Mixed(FakeEngine):
         async def generate(self, request):
             result = await super().generate(request)
-            return replace(result, weight_versions=[1, 1, 2])
+            return replace(result, weight_versions=[1, 1, 2], support=[[97], [98, 1], [99]])
 
     written = sample()
     asyncio.run(context(Mixed(lambda text, request: "abc")).generate(written))
     assert written.weight_versions == [1, 1, 2]
+    assert written.support == [[97], [98, 1], [99]]
     assert written.response == "abc"
     assert written.rollout_log_probs == [log_prob_of(97), log_prob_of(98), log_prob_of(99)]
 
@@ -167,6 +168,23 @@ def test_abort_keeps_what_was_written():
     assert turn.status is written.status is Status.ABORTED
     assert 0 < written.response_length < 8
     assert "abcdefgh".startswith(written.response)
+
+
+def test_a_request_of_a_rollout_that_ends_is_answered_under_its_own_id():
+    async def asked(requests):
+        requests.aborting = True
+        sampling = sampling_of().whole
+        return [await requests.send([1], sampling) for _ in range(2)]
+
+    answers = asyncio.run(asked(Requests(writes("abc"))))
+    assert [answer.request_id.partition("-")[2] for answer in answers] == ["0", "1"]
+
+
+@pytest.mark.parametrize("priority", [0, -1])
+def test_requests_have_the_priority_of_their_user(priority):
+    engine = writes("abc")
+    asyncio.run(Requests(engine, **({"priority": priority} if priority else {})).send([1], sampling_of().whole))
+    assert [request.priority for request in engine.requests] == [priority]
 
 
 def test_requests_of_one_user_are_not_ended_by_another():
