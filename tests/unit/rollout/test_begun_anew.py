@@ -27,6 +27,12 @@ def test_oldest_version_and_a_fresh_beginning():
     ]
 
 
+def test_siblings_of_one_execution_begin_as_the_one_sample_that_the_data_gave():
+    one = group("a", size=3, group_id=4)
+    one.samples[1].execution_id = one.samples[0].sample_id
+    assert [(s.sample_id, s.execution_id) for s in begun_anew(one).samples] == [(12, 12), (14, 14)]
+
+
 def test_with_a_smaller_bound_a_resumed_run_begins_groups_anew_that_are_too_old():
     engine = GatedEngine("a")
     with open_stream(engine, staleness=2) as stream:

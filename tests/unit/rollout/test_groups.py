@@ -66,6 +66,44 @@ def test_samples_in_flight_reach_the_bound_and_never_exceed_it(concurrency, expe
     assert len(engine.requests) == 6
 
 
+@pytest.mark.parametrize(
+    ("change", "taught"),
+    [({}, True), ({"status": Status.ABORTED}, False), ({"teacher_log_probs": [-1.0]}, False), ({"aborting": True}, False)],
+)
+def test_a_teacher_scores_what_is_whole_and_not_scored_while_the_rollout_goes_on(change, taught):
+    asked = []
+
+    class Teacher:
+        async def teach(self, sample, requests):
+            asked.append((sample.sample_id, runner.describe_calls()))
+
+    async def write(sample, context):
+        await context.generate(sample)
+        sample.status = change.get("status", sample.status)
+        sample.teacher_log_probs = change.get("teacher_log_probs", [])
+        context.requests.aborting = change.get("aborting", False)
+        return sample
+
+    grader = FakeGrader(lambda sample: 1.0)
+    runner = make_runner(FakeEngine(write_ok), grader, generate=write, teacher=Teacher())
+    run_groups(runner, group(size=1))
+    assert [sample_id for sample_id, _ in asked] == [0] * taught
+    assert all("the teacher of sample 0" in waits for _, waits in asked)
+
+
+def test_a_reward_that_is_late_is_named():
+    said = []
+
+    def score(sample):
+        said.append(runner.describe_calls())
+        return 1.0
+
+    for group_rm in (False, True):
+        runner = make_runner(FakeEngine(write_ok), FakeGrader(score), group_rm=group_rm)
+        run_groups(runner, group(size=1, group_id=3))
+    assert ["the reward of sample 3" in said[0], "the reward of group 3" in said[1]] == [True, True]
+
+
 def test_sample_is_graded_as_soon_as_it_ends():
     grader = FakeGrader(lambda sample: 1.0)
     engine = FakeEngine(write_ok, ticks=by_letter({"a": 90, "b": 10, "c": 50}))

@@ -71,6 +71,27 @@ def test_shares_of_truncation_reasons_and_ungraded_samples():
     }
 
 
+def test_each_reward_and_the_cost_of_a_judge_count_over_the_samples_that_have_them():
+    samples = [written() for _ in range(4)]
+    samples[0].verdict = Verdict(score=1.0, reason="x+y", parts={"math": 1.0, "judge": 0.5})
+    samples[1].verdict = Verdict(score=1.0, reason="x+y", parts={"math": 0.0})
+    samples[2].verdict = Verdict(score=1.0, reason="judge", extra={"judge_prompt_tokens": 30})
+    samples[3].verdict = None
+    metrics = sample_metrics(samples)
+    found = {name: value for name, value in metrics.items() if name.startswith(("reward/", "judge/"))}
+    assert found == {"reward/math": 0.5, "reward/judge": 0.5, "judge/prompt_tokens": 30.0}
+    samples[0].verdict = Verdict(score=1.0, reason="judge", extra={"judge_prompt_tokens": 4, "judge_completion_tokens": 5})
+    found = {name: value for name, value in sample_metrics(samples).items() if name.startswith("judge/")}
+    assert found == {"judge/prompt_tokens": 34.0, "judge/completion_tokens": 5.0}
+
+
+def test_sizes_of_supports_are_over_the_positions_that_have_one():
+    assert not any(name.startswith("support/") for name in sample_metrics([written()]))
+    first, second = written(), written()
+    first.support, second.support = [[], [5, 6], [5]], [[], [], [5, 6, 7, 8, 9, 10]]
+    assert lengths(sample_metrics([first, second]), "support") == (3.0, 2.0, 6.0, 1.0)
+
+
 def test_prefix_cache_hit_rate_is_over_all_tokens_sent():
     metrics = sample_metrics([written(cached_tokens=30, input_tokens=40), written(cached_tokens=0, input_tokens=20)])
     assert metrics["prefix_cache_hit_rate"] == 0.5

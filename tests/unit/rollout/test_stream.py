@@ -5,6 +5,7 @@ import threading
 from array import array
 from contextlib import closing, contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,6 +124,35 @@ def test_every_rollout_is_sampled_by_one_version_and_none_is_older_than_the_boun
             with stream.paused():
                 assert engine.num_running == 0
                 engine.version = rollout_id + 1
+
+
+def test_a_rollout_ahead_begins_when_the_one_before_has_ended():
+    engine = FakeEngine(write_ok, ticks=by_letter({"a": 90, "c": 60, "e": 30}))
+    with open_stream(engine, ahead=2) as stream:
+        for rollout_id, letters in enumerate(("ab", "cd", "ef")):
+            assert prompts_of(stream.take(rollout_id).groups) == letters
+    order = "".join(context for event, context in engine.events if context in "abcdef" and len(context) == 1)
+    ends = [order.rindex(last) for last in "ac"]
+    assert (
+        order.index("c") > ends[0] and order.index("d") > ends[0] and order.index("e") > ends[1] and order.index("f") > ends[1]
+    )
+
+
+def test_a_wait_for_rollouts_that_have_begun_says_how_far_they_are():
+    engine, waits = FakeEngine(write_ok), []
+    with open_stream(engine, ahead=1, options={"timeout_s": patient(20)}) as stream:
+        stream.take(0)
+
+        def attend(coroutine, *, label, timeout_s, describe):
+            waits.append((label, timeout_s, describe()))
+            return stream._engines.run(coroutine, label=label, timeout_s=timeout_s)
+
+        stream._waiter = SimpleNamespace(attend=attend)
+        with stream.paused():
+            pass
+    ((label, timeout_s, described),) = waits
+    assert (label, timeout_s) == ("rollout 1, which must end before weights are saved or published,", patient(20))
+    assert "groups finished" in described
 
 
 def test_nothing_is_generated_beyond_the_last_rollout():

@@ -1,6 +1,7 @@
 """The built-in loop of tool calls."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -71,6 +72,15 @@ def test_a_call_that_was_cut_off_in_the_middle_is_run_when_its_turn_goes_on():
     made = asyncio.run(cut_off_then_go_on())
     assert RAN == [("add", {"a": 2, "b": 3})]
     assert made.status is Status.COMPLETED and len(engine.prompts) == 3
+
+
+@pytest.mark.parametrize(("messages", "said"), [([{"role": "critic", "content": "x"}], "critic"), ([{"content": "x"}], "role")])
+def test_messages_that_cannot_be_shown_are_refused_by_their_place(messages, said):
+    engine, sample = ScriptedTurns([]), asked()
+    for place, named in ((None, f"sample {sample.sample_id}"), ("a.jsonl:3", "a.jsonl:3")):
+        sample.prompt = replace(sample.prompt, place=place)
+        with pytest.raises(ConfigError, match=f"^{named}: .*{said}"):
+            show_messages(sample, engine.tokenizer, tools=None, template_kwargs=None, messages=messages)
 
 
 def test_the_turns_before_a_cut_count():
