@@ -310,20 +310,6 @@ def test_a_deterministic_run_waits_for_every_group_before_a_publication_and_take
     ]
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_a_rollout_counts_its_groups_as_they_come_and_those_that_timing_decides(deterministic):
-    engine, console = GatedEngine("cd"), RecordingConsole()
-    with open_stream(engine, deterministic=deterministic, console=console) as stream:
-        rollout = stream.take(0)
-        if not deterministic:
-            counts = [rollout.metrics[f"rollout/async/groups_{name}"] for name in ("in_flight", "finished")]
-            assert counts == [2.0, 0.0]
-        engine.closed_to.clear()
-    assert deterministic == ("rollout/async/groups_in_flight" not in rollout.metrics)
-    (bar,) = console.progresses
-    assert (bar.description, bar.total, sum(bar.steps)) == ("generate rollout 0", 2, 2) and min(bar.steps) >= 0
-
-
 def drop_c(group):
     return FilterResult(keep=False, reason="no_c") if prompts_of([group]) == "c" else KEEP
 
