@@ -19,6 +19,7 @@ from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import SFT_ROLLOUT, AsyncConfig, RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
@@ -271,6 +272,26 @@ def test_a_trace_begins_before_a_start_ends(num_rollout, exits_after, begin, sai
 )
 def test_one_folder_is_enough_for_curves(sections):
     assert rules.tensorboard_has_a_folder(Config(**sections)) is None
+
+
+@pytest.mark.parametrize(("num_rollout", "fits"), [(1, True), (2, False), (None, False)])
+@pytest.mark.parametrize("flag", ["load_debug_rollout_data", "save_debug_train_data"])
+def test_one_file_holds_one_rollout(flag, num_rollout, fits):
+    config = Config(debug=DebugConfig(**{flag: "r.jsonl"}), rollout=RolloutConfig(num_rollout=num_rollout))
+    refused = f"--{flag.replace('_', '-')} must contain {{rollout_id}}, got 'r.jsonl'; otherwise rollouts overwrite each other"
+    assert rules.recorded_rollouts_have_files(config) == (None if fits else refused)
+
+
+def test_hooks_see_the_model_of_megatron():
+    hooks = ForeignConfig(custom_megatron_init_path="a.b")
+    assert rules.hooks_have_what_they_see(Config(foreign=hooks, training=TrainingConfig(train_backend="megatron"))) is None
+
+
+def test_a_price_of_length_may_begin_with_the_response():
+    longest = RolloutConfig(rollout_max_response_len=8)
+    assert rules.long_responses_have_a_bound(Config(reward=RewardConfig(overlong_buffer_len=8), rollout=longest)) is None
+    said = rules.long_responses_have_a_bound(Config(reward=RewardConfig(overlong_buffer_len=9), rollout=longest))
+    assert said == "--overlong-buffer-len (9) is more than --rollout-max-response-len (8)"
 
 
 def test_every_rule_is_applied():

@@ -16,9 +16,13 @@ from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.foreign import ForeignConfig
 from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.optimizer import OptimizerConfig
+from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.config.sections.training import TrainingConfig
-from qwench.config.sections.verbs import ServerConfig
+from qwench.config.sections.verbs import ColumnsConfig, ServerConfig, split_file
+from qwench.errors import ConfigError
 
 SETS = {"eval_prompt_data": ("a", "a.jsonl")}
 SERVERS = DistillationConfig(use_opd=True, opd_type="sglang", opd_teacher_urls=("a=http://x/?k=1", "b=https://y"))
@@ -168,3 +172,60 @@ def test_a_checkpoint_of_megatron_is_exported_as_slime_does_it():
     section = TorchDistToHfConfig(input_dir=Path("a"), output_dir=Path("b"), origin_hf_dir=Path("c"))
     assert (section.force, section.chunk_size, section.vocab_size) == (False, 2_000_000_000, None)
     assert ConvertConfig(input=Path("a"), output=Path("b"), to="fp8").max_shard_gb == 2.0
+
+
+@pytest.mark.parametrize(
+    ("given", "left_out", "rewards"),
+    [
+        (("math,f1,gpqa", "1,2,0.5", "math"), {"f1"}, ("math,gpqa", "1.0,0.5", "math")),
+        (("math,f1,gpqa", "1,2,0.5", "f1"), {"f1"}, ("math,gpqa", "1.0,0.5", None)),
+        (("math,f1,gpqa", "1,2,0.5", "score"), {"f1"}, ("math,gpqa", "1.0,0.5", "score")),
+        (("math,f1", "1,2", "math"), {"f1"}, ("math", None, None)),
+        (("math,f1", None, "score"), {"f1"}, ("math", None, "score")),
+        (("math,f1", "1,2", "score"), {"math", "f1"}, ("none", None, None)),
+        (("math,f1", None, None), set(), ("math,f1", None, None)),
+    ],
+)
+def test_rewards_are_left_out_with_their_weights_and_a_single_one_counts_whole(given, left_out, rewards):
+    rm_type, weights, key = given
+    section = RewardConfig(rm_type=rm_type, reward_weights=weights, reward_key=key)
+    kept = section.without(left_out.__contains__, otherwise="none")
+    assert (kept.rm_type, kept.reward_weights, kept.reward_key) == rewards
+
+
+def test_a_deadline_of_collectives_is_from_a_second_to_three_years():
+    for minutes in (1 / 60, 1e8 / 60):
+        assert TimeoutConfig(distributed_timeout_minutes=minutes).distributed_timeout_minutes == minutes
+    for minutes in (0.99 / 60, 1.01e8 / 60):
+        with pytest.raises(ConfigError, match="--distributed-timeout-minutes must be from 1 second to 3 years"):
+            TimeoutConfig(distributed_timeout_minutes=minutes)
+
+
+def test_two_weights_are_given_for_two_rewards_and_a_single_reward_has_any_key():
+    assert RewardConfig(rm_type="math,f1", reward_weights="1,2").weights_of(("math", "f1")) == (1.0, 2.0)
+    assert RewardConfig(rm_type="remote_rm", rm_url="http://r", reward_key="mine").reward_key == "mine"
+    assert (ColumnsConfig().response_key, ColumnsConfig().label_key, ColumnsConfig().line) == ("response", "label", None)
+
+
+@pytest.mark.parametrize("flag", ["adam_beta1", "adam_beta2"])
+def test_a_decay_rate_of_moments_is_below_one(flag):
+    for value in (-0.1, 1.0):
+        with pytest.raises(ConfigError) as refused:
+            OptimizerConfig(**{flag: value})
+        assert str(refused.value) == f"--{flag.replace('_', '-')} must be at least 0 and less than 1, got {value}"
+
+
+def test_what_makes_up_a_layout():
+    section = ParallelConfig(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=3, context_parallel_size=5, sequence_parallel=True
+    )
+    layout = section.layout
+    assert (layout.tp, layout.pp, layout.cp, layout.sequence_parallel) == (2, 3, 5, True)
+
+
+def test_a_call_for_help_needs_no_file():
+    for word in ("-h", "--help", "--help-all"):
+        assert split_file(["--rm-type", "math", word]) == (Path(), ["--rm-type", "math", word])
+    assert split_file(["a.jsonl", "--help"]) == (Path("a.jsonl"), ["--help"])
+    with pytest.raises(ConfigError, match="a file is missing; usage: qwench reward check FILE"):
+        split_file(["--rm-type", "math"])

@@ -150,6 +150,8 @@ def test_sets_of_a_file_are_checked_before_anything_starts(files):
 def test_serving_needs_a_checkpoint(files):
     with pytest.raises(ConfigError, match="--hf-checkpoint is required"):
         parse_serve([])
+    with pytest.raises(ConfigError, match=r"--hf-checkpoint: .*/empty has no config.json"):
+        parse_serve(["--hf-checkpoint", str(files / "empty")])
     config = parse_serve(["--hf-checkpoint", str(files / "model"), "--port", "8000", "--sglang-page-size", "4"])
     assert (config.server.port, config.server.host, config.engine.embedded_page_size) == (8000, "127.0.0.1", 4)
 
@@ -193,7 +195,7 @@ def test_a_file_is_no_run_to_load(files):
 
 def test_all_that_is_missing_is_named_at_once(files):
     words = words_of(files) | {
-        "--hf-checkpoint": ["/gone/model"],
+        "--hf-checkpoint": ["/gone/m"],
         "--prompt-data": ["gone/a.jsonl"],
         "--ref-load": ["/gone/ref"],
     }
