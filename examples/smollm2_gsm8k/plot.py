@@ -23,7 +23,9 @@ WAYS = {"greedy": "greedy, 1 answer", "sampled": "temperature 1, 8 answers"}
 
 
 def solved_shares(output: Path, stage: str, way: str) -> list[float]:
-    """Return the share of right answers to each test problem, in order."""
+    """Return the share of right answers to each test problem, in order; none where the evaluation was left out."""
+    if not (output / f"eval-{stage}-{way}").is_dir():
+        return []
     rewards = defaultdict(list)
     with (output / f"eval-{stage}-{way}" / "gsm8k.jsonl").open(encoding="utf-8") as answers:
         for sample in map(json.loads, answers):
@@ -41,15 +43,15 @@ def table(output: Path) -> str:
     ways = [way for way in WAYS if (output / f"eval-grpo-{way}").is_dir()]
     lines = ["| checkpoint | " + " | ".join(WAYS[way] for way in ways) + " |", "| --- |" + " --- |" * len(ways)]
     for stage, title in TITLES.items():
-        if not (output / f"eval-{stage}-greedy").is_dir():
-            continue  # the stage was left out
         cells = [solved_shares(output, stage, way) for way in ways]
-        lines.append(
-            f"| {title} | " + " | ".join(f"{100 * fmean(c):.2f} +- {100 * standard_error(c):.2f} %" for c in cells) + " |"
-        )
+        shown = [f"{100 * fmean(cell):.2f} +- {100 * standard_error(cell):.2f} %" if cell else "-" for cell in cells]
+        if any(cells):
+            lines.append(f"| {title} | " + " | ".join(shown) + " |")
     lines.append("")
     for way in ways:
         after, before = solved_shares(output, "grpo", way), solved_shares(output, "sft", way)
+        if not before:
+            continue
         gains = [a - b for a, b in zip(after, before, strict=True)]
         gain, error = fmean(gains), standard_error(gains)
         times = f"{gain / error:.1f}" if error else "undefined"
@@ -67,11 +69,11 @@ def draw(output: Path) -> Path:
     loss.set(title="SFT: loss per token", xlabel="optimizer step")
     metrics = output / "grpo" / "metrics.jsonl"
     learning.plot(*read_curve(metrics, "rollout/reward_reason/exact"), label="training prompts, sampled")
-    num_problems = len(solved_shares(output, "sft", "greedy"))
+    after = solved_shares(output, "grpo", "greedy")
     evaluated, solved = read_curve(metrics, "eval/gsm8k")
     evaluated.append(1 + read_curve(metrics, "rollout/raw_reward")[0][-1])
-    solved.append(fmean(solved_shares(output, "grpo", "greedy")))
-    errors = [sqrt(share * (1 - share) / num_problems) for share in solved]
+    solved.append(fmean(after))
+    errors = [sqrt(share * (1 - share) / len(after)) for share in solved]
     learning.errorbar(evaluated, solved, yerr=errors, fmt="o-", capsize=3, label="test set, greedy")
     learning.set(title="GRPO: share of answers that are right", xlabel="rollout")
     learning.legend()
@@ -87,6 +89,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     arguments = parser.parse_args()
+    if not (arguments.output / "eval-grpo-greedy").is_dir():
+        raise SystemExit(f"{arguments.output} has no eval-grpo-greedy: the stage eval_grpo comes first")
     results = table(arguments.output)
     (arguments.output / "results.md").write_text(results, encoding="utf-8")
     print(results + f"\ncurves: {draw(arguments.output)}")

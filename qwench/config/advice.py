@@ -25,7 +25,7 @@ def warnings(config: Config, *, trains: bool = True) -> Iterator[str]:
         where = "" if all(name.endswith(")") for name in unused) else " (docs/flags.md says why)"
         yield f"these flags have no effect here{where}: {' '.join(f'--{name}' for name in unused)}"
     if config.reward.custom_rm_path is not None and config.reward.rm_type is not None:
-        yield f"--rm-type {config.reward.rm_type} grades nothing: --custom-rm-path wins"
+        yield f"--rm-type {config.reward.rm_type} grades no response by itself: --custom-rm-path wins"
     if config.reward.custom_rm_in_process and config.reward.custom_rm_path is None:
         yield "--custom-rm-in-process has no effect: no --custom-rm-path is given"
     if trains:

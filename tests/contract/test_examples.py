@@ -85,7 +85,7 @@ def test_the_commands_of_an_example_parse_and_mean_what_they_say(example, tmp_pa
 @pytest.fixture
 def smollm2(monkeypatch) -> dict[str, ModuleType]:
     monkeypatch.syspath_prepend(EXAMPLES / "smollm2_gsm8k")
-    modules = {name: importlib.import_module(name) for name in ("steps_reward", "make_data")}
+    modules = {name: importlib.import_module(name) for name in ("steps_reward", "make_data", "plot")}
     for name in modules:
         monkeypatch.delitem(sys.modules, name)
     return modules
@@ -127,3 +127,33 @@ def test_the_data_of_smollm2_are_written_from_the_published_rows(smollm2, tmp_pa
     (row,) = pq.read_table(tmp_path / "gsm8k-sft.parquet").to_pylist()
     solution = "He sold 48/2 = 24 clips.\nThat is 1,000+24 = $1,024.\n\nThe answer is \\boxed{1024}."
     assert row["messages"] == [*train["prompt"], {"role": "assistant", "content": solution}]
+
+
+def test_results_of_smollm2_are_those_of_the_stages_that_ran(smollm2, tmp_path: Path, monkeypatch, capsys):
+    def evaluate(stage: str, way: str, rewards: list[list[float]]) -> None:
+        (tmp_path / f"eval-{stage}-{way}").mkdir()
+        rows = [{"group_id": group, "reward": reward} for group, of_group in enumerate(rewards) for reward in of_group]
+        (tmp_path / f"eval-{stage}-{way}" / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="the stage eval_grpo comes first"):
+        smollm2["plot"].main()
+    for stage, metrics in (
+        ("sft", [{"train/step": 0, "train/loss": 1.0}]),
+        ("grpo", [{"rollout/step": 0, "rollout/raw_reward": 0.5}]),
+    ):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    evaluate("grpo", "greedy", [[1.0], [0.0]])
+    evaluate("grpo", "sampled", [[1.0, 1.0], [1.0, 0.0]])
+    smollm2["plot"].main()
+    after = "| after GRPO | 50.00 +- 50.00 % | 75.00 +- 25.00 % |"
+    assert after in capsys.readouterr().out and (tmp_path / "curves.png").is_file()
+    evaluate("sft", "greedy", [[0.0], [0.0]])
+    smollm2["plot"].main()
+    assert (tmp_path / "results.md").read_text().splitlines()[2:] == [
+        "| after SFT | 0.00 +- 0.00 % | - |",
+        after,
+        "",
+        "GRPO over SFT, greedy, 1 answer: +50.00 points, 1.0 times the standard error of the difference.",
+    ]

@@ -23,7 +23,7 @@ def test_a_flag_given_twice_is_told_with_the_value_that_is_lost(files):
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
-        (["--rm-type", "f1", "--custom-rm-path", "a.b"], "--rm-type f1 grades nothing: --custom-rm-path wins"),
+        (["--rm-type", "f1", "--custom-rm-path", "a.b"], "--rm-type f1 grades no response by itself: --custom-rm-path wins"),
         (["--num-rollout", "3", "--num-epoch", "2"], "--num-epoch 2 has no effect: --num-rollout 3 wins"),
         (
             ["--use-dynamic-batch-size", "--max-tokens-per-gpu", "99999", "--micro-batch-size", "2"],
