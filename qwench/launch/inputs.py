@@ -195,6 +195,7 @@ def read_training_prompts(inputs: Inputs) -> LoadedPrompts:
             graded_by.rm_type,
         )
     _check_room(inputs, loaded)
+    _warn_of_repeats(inputs, len(loaded.prompts), "prompt")
     return loaded
 
 
@@ -276,6 +277,7 @@ def read_conversations(inputs: Inputs) -> tuple[LoadedSft, dict[str, LoadedSft]]
 
     eval_flag = config.evaluation.key_flags["input_key"]
     trained = read("--prompt-data", data.prompt_data, input_key=data.input_key, flag="--input-key", tool_key=data.tool_key)
+    _warn_of_repeats(inputs, len(trained.examples), "conversation")
     return trained, {
         one.name: read(f"evaluation set {one.name}", one.path, input_key=one.input_key, flag=eval_flag, tool_key=one.tool_key)
         for one in inputs.plan.eval_sets
@@ -334,3 +336,10 @@ def _log_dropped(flag: str, loaded: LoadedPrompts, limit: int | None) -> None:
     if loaded.num_dropped:
         total = loaded.num_dropped + len(loaded.prompts)
         _logger.warning("%s: dropped %d of %s longer than %s tokens", flag, loaded.num_dropped, counted(total, "prompt"), limit)
+
+
+def _warn_of_repeats(inputs: Inputs, num_rows: int, noun: str) -> None:
+    if num_rows < (size := inputs.plan.batch.rollout_batch_size):
+        _logger.warning(
+            "--prompt-data has %s for --rollout-batch-size %d: a rollout has some more than once", counted(num_rows, noun), size
+        )

@@ -42,7 +42,8 @@ def inputs_with(tmp_path: Path, *prompts: str, positions: int, response: int, po
     )
     model = replace(made.plan.model, max_position_embeddings=positions)
     sets = (eval_settings(name="held_out", input_key="input", path=str(path)),)
-    return replace(made, config=config, plan=replace(made.plan, model=model, eval_sets=sets))
+    batch = replace(made.plan.batch, rollout_batch_size=1)
+    return replace(made, config=config, plan=replace(made.plan, model=model, eval_sets=sets, batch=batch))
 
 
 def test_prompts_that_leave_no_position_for_a_response_are_dropped_and_said(
@@ -163,3 +164,16 @@ def test_a_missing_column_of_an_evaluation_set_is_told_by_the_flag_that_names_it
     inputs = replace(made, config=replace(made.config, evaluation=EvalConfig(**own)), plan=replace(made.plan, eval_sets=sets))
     with pytest.raises(ConfigError, match=rf"^evaluation set held_out: .*:1: key 'absent' \({flag}\) is missing"):
         read_eval_prompts(inputs)
+
+
+def test_fewer_rows_than_a_rollout_takes_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = inputs_with(tmp_path, "a", "b", positions=64, response=1)
+    three = replace(made, plan=replace(made.plan, batch=replace(made.plan.batch, rollout_batch_size=3)))
+    read_training_prompts(three)
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"input": turns}) + "\n")
+    read_conversations(replace(three, plan=replace(three.plan, eval_sets=())))
+    assert caplog.messages == [
+        "--prompt-data has 2 prompts for --rollout-batch-size 3: a rollout has some more than once",
+        "--prompt-data has 1 conversation for --rollout-batch-size 3: a rollout has some more than once",
+    ]
