@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.http.answers import Json, error_record, json_bytes
 from qwench.engines.embedded.scheduling.request import RunningRequest
-from qwench.engines.protocol import GenerateRequest, GenerateResult
+from qwench.engines.protocol import GenerateRequest
 from qwench.errors import EngineError
 
 DISCONNECT_POLL_S = 1.0
@@ -63,7 +63,6 @@ class OpenRequests:
         """Abort what is unfinished."""
         for running in self.running:
             self._engine.drop(running)
-            running.future.add_done_callback(_retrieve)
 
 
 class EventStream(Response):
@@ -118,9 +117,3 @@ async def _disconnect(receive: Receive) -> None:
     """Return when the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _retrieve(future: asyncio.Future[GenerateResult]) -> None:
-    """Look at an exception that no handler awaits, or asyncio logs it."""
-    if not future.cancelled():
-        future.exception()

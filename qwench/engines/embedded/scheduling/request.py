@@ -111,7 +111,12 @@ class RunningRequest:
         reason = f"{type(self.failure).__name__}: {self.failure}"
         error = EngineError(f"request {self.request.request_id!r} failed: {reason}")
         error.__cause__ = self.failure
+        self.fail(error)
+
+    def fail(self, error: EngineError) -> None:
+        """Give the caller an error; asyncio logs none, because callers of aborted requests may be gone."""
         self.future.set_exception(error)
+        self.future.exception()
 
     def to_result(self, tokenizer: PreTrainedTokenizerBase | None) -> GenerateResult:
         """Return the result for the caller. Without a tokenizer there is no text."""

@@ -67,5 +67,5 @@ class RequestTable:
         self.failure = self.failure or failure
         for running in self:
             if not running.future.done():
-                running.future.set_exception(failure)
+                running.fail(failure)
         self._requests.clear()

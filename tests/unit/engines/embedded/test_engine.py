@@ -319,3 +319,17 @@ def test_what_fails_for_every_request_of_a_step_ends_the_engine_with_its_reason(
     answers, healthy = asyncio.run(scenario())
     assert not healthy
     assert {str(answer) for answer in answers} == {"the embedded engine failed in a step: BrokenError: no kernel"}
+
+
+def test_requests_whose_callers_are_gone_leave_no_error_behind_when_the_engine_closes():
+    unheard: list[object] = []
+
+    async def scenario():
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+        engine = make_engine(make_model("qwen3"))
+        engine.drop(engine.start(ask("gone", prompt_of(4), max_new_tokens=40, ignore_eos=True)))
+        await engine.close()
+
+    asyncio.run(scenario())
+    gc.collect()
+    assert unheard == []
