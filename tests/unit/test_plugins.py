@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 import qwench
+from qwench import plugins
 from qwench.errors import ConfigError, QwenchError, RewardError
-from qwench.plugins import guarded, is_function_path, load_function, place_of, raised_at
+from qwench.plugins import guarded, is_function_path, is_loaded, load_function, place_in_stack, place_of, raised_at
 
 
 @pytest.fixture(autouse=True)
@@ -169,3 +170,40 @@ def test_a_signature_that_takes_anything_is_said_not_to_be_checked(tmp_path, cap
     caplog.clear()
     load_function(f"{file}:exact", flag="--custom-rm-path", called_as="fn(sample)")
     assert caplog.text == ""
+
+
+def test_a_signature_with_a_name_is_checked_and_nothing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "mine.py").write_text("def f(x, *rest):\n    pass\n")
+    load(f"{tmp_path}/mine.py:f")
+    assert caplog.messages == []
+
+
+def test_an_error_of_syntax_is_where_the_file_has_it_or_where_it_was_raised(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("x = 1\ndef f(:\n")
+    with pytest.raises(ConfigError, match=rf"\(SyntaxError: .*, at {tmp_path}/mine\.py:2\)"):
+        load(f"{tmp_path}/mine.py:f")
+    (tmp_path / "raising.py").write_text('def f(x):\n    raise SyntaxError("odd")\n')
+    with pytest.raises(SyntaxError) as raised:
+        load(f"{tmp_path}/raising.py:f")(0)
+    assert raised_at(raised.value) == f"{tmp_path}/raising.py:2"
+    assert raised_at(ValueError("never raised")) is None
+
+
+def test_the_innermost_frame_of_the_users_code_is_found_in_a_stack() -> None:
+    stack = f"""Fatal Python error: Segmentation fault
+  File "{plugins.__file__}", line 3 in guarded
+  File "{inspect.__file__}", line 4 in bind
+  File "<string>", line 5 in made
+  File "/home/me/reward.py", line 7 in score
+  File "/home/me/main.py", line 9 in run
+"""
+    assert place_in_stack(stack) == "/home/me/reward.py:7 in score"
+    assert place_in_stack(stack.replace("/home/me", "<frozen")) is None
+
+
+def test_a_module_is_loaded_once_its_function_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def f(x):\n    pass\n")
+    path = f"{tmp_path}/mine.py:f"
+    assert not is_loaded(path)
+    load(path)
+    assert is_loaded(path) and is_loaded("json.loads") and not is_loaded("no_such_module.loads")

@@ -156,3 +156,17 @@ def test_a_member_leaves_its_group_once_when_a_broadcast_fails(monkeypatch, at_o
     assert (broken.sent, broken.num_aborts) == ([0], 1)
     with pytest.raises(WeightSyncError, match="rank 1 of 2: a broadcast was given up"):
         group.start(torch.zeros(1))()
+
+
+def test_the_watchdog_of_nccl_comes_after_the_deadline_of_a_broadcast(monkeypatch):
+    class Nccl:
+        class Options:
+            _timeout = None
+
+        def __init__(self, *words):
+            self.words = words
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Nccl, raising=False)
+    store, timeout = dist.HashStore(), timedelta(seconds=7)
+    *words, options = weight_group.make_group("nccl", store, 1, 2, timeout).words
+    assert words == [store, 1, 2] and options._timeout > timeout
