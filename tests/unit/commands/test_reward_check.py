@@ -6,13 +6,15 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from rich.console import Console
 
+from qwench.commands import reward_check
 from qwench.commands.reward_check import Summary, check_file, show_line
 from qwench.config.sections.reward import RewardConfig
-from qwench.errors import ConfigError
+from qwench.errors import ConfigError, RewardError
 from qwench.rewards.degenerate import degenerate_reason
 from qwench.samples import Prompt, Sample, Verdict
 
@@ -184,3 +186,95 @@ def test_one_line_is_shown_in_full(tmp_path: Path) -> None:
     assert lines == ["prompt", "2+2=?", "response", long + r"</think>\boxed{4}", "label", "4", "score", "1", "reason", "exact"]
     with pytest.raises(ConfigError, match="has no response in line 9"):
         show_line(path, 9, config=RewardConfig(rm_type="math"), response_key="response", label_key="label")
+
+
+class Pool:
+    """Grades by the label: `right`, `late`, or the graders differ."""
+
+    closed: ClassVar[list[bool]] = []
+    verdicts: ClassVar = {
+        "right": Verdict(score=1.0, reason="exact"),
+        "differ": Verdict(
+            score=0.0,
+            reason="wrong",
+            extra={
+                "second_grader": {
+                    "answer": "2/4",
+                    "label": "1/2",
+                    "first": {"score": 0.0, "reason": "wrong"},
+                    "second": {"score": 1.0, "reason": "equal"},
+                }
+            },
+        ),
+    }
+
+    def __init__(self, config: RewardConfig, *, judge_key: str | None) -> None:
+        self.judge_key = judge_key
+
+    async def grade(self, sample: Sample) -> Verdict:
+        if sample.prompt.label == "fails":
+            raise RewardError(f"no reward with the key {self.judge_key}")
+        return self.verdicts[str(sample.prompt.label)]
+
+    def close(self) -> None:
+        self.closed.append(True)
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> type[Pool]:
+    monkeypatch.setattr(reward_check, "RewardPool", Pool)
+    monkeypatch.setattr(Pool, "closed", [])
+    monkeypatch.setenv("QWENCH_JUDGE_KEY", "k")
+    return Pool
+
+
+def test_what_two_graders_differ_on_follows_the_table(tmp_path: Path, pool: type[Pool]) -> None:
+    config = RewardConfig(rm_type="math", second_grader="math-verify", second_grader_share=1.0)
+    for label, said in (
+        ("right", "of 0 answers that were judged twice, the graders differ on: none"),
+        (
+            "differ",
+            "of 1 answers that were judged twice, the graders differ on: 1 answers; the shortest: 2/4 for 1/2, 0 (wrong)",
+        ),
+    ):
+        written = io.StringIO()
+        path = write(tmp_path / "rows.jsonl", {"response": "x", "label": label})
+        check_file(path, config=config, console=Console(file=written, width=300))
+        lines = written.getvalue().splitlines()
+        assert lines[0].strip() == "rows.jsonl: math" and lines[-1].startswith(said)
+    assert pool.closed == [True, True]
+
+
+def test_a_line_that_cannot_be_graded_is_named_and_the_workers_end(tmp_path: Path, pool: type[Pool]) -> None:
+    path = write(tmp_path / "rows.jsonl", {"response": "x", "label": "right"}, {"response": "y", "label": "fails"})
+    for grade in (
+        lambda: check_file(path, config=RewardConfig(rm_type="math")),
+        lambda: show_line(path, 2, config=RewardConfig(rm_type="math"), response_key="response", label_key="label"),
+    ):
+        with pytest.raises(ConfigError, match=r"rows\.jsonl, line 2: no reward with the key k"):
+            grade()
+    assert pool.closed == [True, True]
+
+
+def test_more_lines_than_are_graded_at_once_are_all_counted(tmp_path: Path, pool: type[Pool]) -> None:
+    rows = [{"response": str(i), "label": "right"} for i in range(2 * reward_check._IN_FLIGHT + 1)]
+    summary = check_file(write(tmp_path / "rows.jsonl", *rows), config=RewardConfig(), console=Console(file=io.StringIO()))
+    assert (summary.num_responses, summary.mean_score, summary.reasons[0].example.line) == (len(rows), 1.0, 1)
+
+
+def test_the_command_takes_columns_and_one_line(tmp_path: Path, pool: type[Pool], capsys: pytest.CaptureFixture[str]) -> None:
+    long = "word " * 20 + "end"
+    path = write(tmp_path / "rows.jsonl", {"said": long, "truth": "right"}, {"said": "b", "truth": "differ"})
+    words = ["check", str(path), "--rm-type", "math", "--response-key", "said", "--label-key", "truth"]
+    reward_check.run(words)
+    table = capsys.readouterr().out
+    assert re.search(r"exact +.* 1 +.* 50\.0 % +.* 1\.000 ", table) and "1: right <- ...d word" in table
+    assert "2: differ <- b" in table
+    reward_check.run([*words, "--line", "2"])
+    assert capsys.readouterr().out.split() == ["prompt", "response", "b", "label", "differ", "score", "0", "reason", "wrong"]
+
+
+@pytest.mark.parametrize("words", [[], ["grade", "a.jsonl"]])
+def test_reward_has_one_command(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=f"^qwench reward has one command, check; got {words[0] if words else 'none'}$"):
+        reward_check.run(words)
