@@ -11,7 +11,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from qwench.data.rows import Row, check_text, is_blank, parse_json
+from qwench.data.rows import Row, check_text, is_blank, parse_json, row_error
 from qwench.errors import ConfigError
 from qwench.samples import Json, Message
 
@@ -38,10 +38,10 @@ def as_messages(value: Json, *, place: str) -> list[Message]:
     if isinstance(value, str):
         value = _messages_in_json(value) or [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
-        raise ConfigError(f"{place}: messages must be text or a list of them that is not empty, got {_brief(value)}.")
+        raise row_error(place, f"messages must be text or a list of them that is not empty, got {_brief(value)}")
     messages = [_message(message, place=place) for message in value]
     if all(_is_empty(message) for message in messages):
-        raise ConfigError(f"{place}: no message of the conversation says anything.")
+        raise row_error(place, "no message of the conversation says anything")
     return messages
 
 
@@ -56,7 +56,7 @@ def check_arguments(messages: Sequence[Message], *, place: str) -> None:
         if isinstance(arguments, str):
             arguments = parse_json(f"{place}: the text of a call's arguments", arguments)
         if not isinstance(arguments, Mapping):
-            raise ConfigError(f"{place}: the arguments of a tool call must be a record or its JSON text, got {_brief(call)}.")
+            raise row_error(place, f"the arguments of a tool call must be a record or its JSON text, got {_brief(call)}")
 
 
 def as_prompt(value: Json, *, place: str) -> list[Message]:
@@ -87,23 +87,21 @@ def _messages_in_json(text: str) -> list[Json] | None:
 def _message(message: Json, *, place: str) -> Message:
     """Return one message with its content as text."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ConfigError(f"{place}: a message must be a record with `role` and `content`, got {_brief(message)}.")
+        raise row_error(place, f"a message must be a record with `role` and `content`, got {_brief(message)}")
     content = message.get("content")
     calls = message.get("tool_calls")
     _check_is_written(message, place=place)
     _check_answers_parts(message, place=place)
     if content is None:
         if "content" in message and "tool_calls" not in message:
-            raise ConfigError(f"{place}: the content of a message must be text or text parts, got null.")
+            raise row_error(place, "the content of a message must be text or text parts, got null")
         if not calls:
-            raise ConfigError(
-                f"{place}: a message says nothing (content and tool_calls are null or absent): {_brief(message)}."
-            )
+            raise row_error(place, f"a message says nothing (content and tool_calls are null or absent): {_brief(message)}")
         return message
     text = _text(content, place=place)
     read = {**message, "content": text}
     if _is_empty(read) and message["role"] not in _MAY_SAY_NOTHING:
-        raise ConfigError(f"{place}: a message of role {message['role']!r} is empty.")
+        raise row_error(place, f"a message of role {message['role']!r} is empty")
     return read
 
 
@@ -118,25 +116,27 @@ def _check_is_written(record: Mapping[str, Json], *, place: str) -> None:
     """Refuse a message, or a part of one, with something that would not reach the model."""
     for key in _NEVER_WRITTEN:
         if record.get(key):
-            raise ConfigError(f"{place}: a message has {key}, which does not reach the model: only text and tool_calls do.")
+            raise ConfigError(
+                f"{place}: a message has {key}, which does not reach the model: only text and tool_calls do; remove it."
+            )
 
 
 def _check_answers_parts(message: Mapping[str, Json], *, place: str) -> None:
     """Refuse calls and reasoning that a template would write as nothing, or not at all."""
     for key in ("tool_calls", "reasoning_content"):
         if message.get(key) and message["role"] != "assistant":
-            raise ConfigError(f"{place}: a message of role {message['role']!r} has {key}, which only an assistant's can have.")
+            raise row_error(place, f"a message of role {message['role']!r} has {key}, which only an assistant's can have")
     reasoning, calls = message.get("reasoning_content"), message.get("tool_calls")
     if reasoning is not None and not isinstance(reasoning, str):
-        raise ConfigError(f"{place}: reasoning_content must be text, got {_brief(reasoning)}.")
+        raise row_error(place, f"reasoning_content must be text, got {_brief(reasoning)}")
     if calls is not None and not isinstance(calls, list):
-        raise ConfigError(f"{place}: tool_calls must be a list of records, got {_brief(calls)}.")
+        raise row_error(place, f"tool_calls must be a list of records, got {_brief(calls)}")
     for call in calls or ():
         named = call.get("function") or call if isinstance(call, Mapping) else None
         if not isinstance(named, Mapping) or not isinstance(named.get("name"), str):
-            raise ConfigError(f"{place}: a tool call must name its function, got {_brief(call)}.")
+            raise row_error(place, f"a tool call must name its function, got {_brief(call)}")
         if not isinstance(named.get("arguments"), str | Mapping):
-            raise ConfigError(f"{place}: the arguments of a tool call must be a record or its JSON text, got {_brief(call)}.")
+            raise row_error(place, f"the arguments of a tool call must be a record or its JSON text, got {_brief(call)}")
 
 
 def read_tools(row: Row, key: str | None) -> list[Json] | None:
@@ -147,7 +147,7 @@ def read_tools(row: Row, key: str | None) -> list[Json] | None:
     """
     tools: list[Json] | None = row.decode(key, list)
     if tools is not None and not all(isinstance(tool, Mapping) for tool in tools):
-        raise ConfigError(f"{row.place}: tools must be a list of records, got {_brief(tools)}.")
+        raise row_error(row.place, f"tools must be a list of records, got {_brief(tools)}")
     return tools
 
 
@@ -163,7 +163,7 @@ def _text(content: Json, *, place: str) -> str:
         texts = [part.get("text") if part.get("type", "text") == "text" else None for part in parts]
         if all(isinstance(text, str) for text in texts):
             return "".join(cast(list[str], texts))
-    raise ConfigError(f"{place}: the content of a message must be text or text parts, got {_brief(content)}.")
+    raise row_error(place, f"the content of a message must be text or text parts, got {_brief(content)}")
 
 
 class ChatRenderer:
@@ -202,7 +202,10 @@ class ChatRenderer:
             self._check_role(str(message["role"]), place=place)
         text = self._apply(messages, tools, add_generation_prompt=add_generation_prompt, place=place)
         if len(text) > _MAX_CHARACTERS and len(text) > _MAX_GROWTH * len(repr((messages, tools))):
-            raise ConfigError(f"{place}: the chat template writes {len(text):,} characters around a far shorter conversation.")
+            raise ConfigError(
+                f"{place}: the chat template writes {len(text):,} characters around a far shorter conversation; "
+                "give another template by --chat-template-path."
+            )
         check_text(text, place=place)
         return text
 
@@ -236,7 +239,8 @@ class ChatRenderer:
             )
         except Exception as error:  # a template computes, and may raise anything
             raise ConfigError(
-                f"{place}: the chat template cannot render these messages ({type(error).__name__}: {error})."
+                f"{place}: the chat template cannot render these messages ({type(error).__name__}: {error}); "
+                "correct the row, or give another template by --chat-template-path."
             ) from error
         assert isinstance(text, str), "one conversation renders to one text"
         return text

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from qwench.data.chat import as_messages, check_arguments
-from qwench.data.rows import Row
+from qwench.data.rows import Row, row_error
 from qwench.errors import ConfigError
 from qwench.samples import Json, Message
 
@@ -76,7 +76,7 @@ def _prompt_and_completion(row: Row) -> list[Message]:
 def _alpaca(row: Row) -> list[Message]:
     for key in ("instruction", "input", "output"):
         if row.values.get(key) is not None and not isinstance(row.values[key], str):
-            raise ConfigError(f"{row.place}: key {key!r} must be text.")
+            raise row_error(row.place, f"key {key!r} must be text")
     asked = [str(row.values[key]) for key in ("instruction", "input") if row.values.get(key)]
     turns = [*_history(row), ("\n\n".join(asked), row.values["output"])]
     said: list[Json] = []
@@ -89,7 +89,7 @@ def _history(row: Row) -> list[tuple[Json, Json]]:
     """Return the turns before that of an Alpaca row."""
     history = row.decode("history", list) or []
     if not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-        raise ConfigError(f"{row.place}: key 'history' must be a list of [asked, answered].")
+        raise row_error(row.place, "key 'history' must be a list of [asked, answered]")
     return [(asked, answered) for asked, answered in history]
 
 

@@ -33,28 +33,33 @@ def read_label(row: Row, label_key: str | None, *, flag: str, required: bool) ->
     """
     if label_key is None or (not required and label_key in row.values and row.values[label_key] is None):
         return None
-    label = row.require(label_key, flag=flag)
+    label, place = row.require(label_key, flag=flag), f"{row.place}: key {label_key!r} ({flag})"
     if isinstance(label, float) and not math.isfinite(label):
-        raise ConfigError(f"{row.place}: key {label_key!r} ({flag}) is {label}: no answer can match it.")
+        raise _unmatchable(place, f"is {label}")
     if required:
-        return _answer(label, place=f"{row.place}: key {label_key!r} ({flag})")
+        return _answer(label, place=place)
     return json.dumps(label, ensure_ascii=False) if isinstance(label, dict | list) else _text(label)
 
 
 def _answer(label: Json, *, place: str) -> str:
     if isinstance(label, bool) or not isinstance(label, str | int | float):
         shown = json.dumps(label, ensure_ascii=False)
-        raise ConfigError(f"{place} must be a string or a number, got {shown if len(shown) <= 60 else shown[:57] + '...'}.")
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        raise ConfigError(f"{place} must be a string or a number, got {shown}; correct the label, or remove the row.")
     text = _text(label)
     if (solution := _GSM8K.fullmatch(text)) is not None:
         return solution["answer"].strip()
     if is_blank(text) or _HOLDS_NOTHING.fullmatch(text) or _GSM8K_WITHOUT_ANSWER.fullmatch(text):
-        raise ConfigError(f"{place} is blank: no answer can match it.")
+        raise _unmatchable(place, "is blank")
     if text.strip() in _NOT_A_NUMBER:
-        raise ConfigError(f"{place} is {text.strip()}: no answer can match it.")
+        raise _unmatchable(place, f"is {text.strip()}")
     if "\\boxed" in text and text.count("{") != text.count("}"):
-        raise ConfigError(f"{place} has a box that does not end: no answer can match it.")
+        raise _unmatchable(place, "has a box that does not end")
     return text
+
+
+def _unmatchable(place: str, state: str) -> ConfigError:
+    return ConfigError(f"{place} {state}: no answer can match it; correct the label, or remove the row.")
 
 
 def _text(label: Json) -> str:

@@ -169,7 +169,10 @@ class DistillMask:
         prompt = self._renderer.render(messages[:1], tools=tools, add_generation_prompt=True, place=place)
         content = messages[-1].get("content")
         if not isinstance(content, str):
-            raise ConfigError(f"{place}: --loss-mask-type distill_qwen needs text as the last message's content.")
+            raise ConfigError(
+                f"{place}: --loss-mask-type distill_qwen needs text as the last message's content; "
+                "write it as text, or leave --loss-mask-type out."
+            )
         return [Segment(text=prompt, trained=False), Segment(text=content, trained=_is_wanted(messages[-1]))]
 
 

@@ -16,7 +16,7 @@ from qwench.data.chat import ChatRenderer, as_prompt, check_arguments, read_tool
 from qwench.data.curriculum import Curriculum
 from qwench.data.cursor import DataCursor, Draw, fingerprint
 from qwench.data.labels import read_label
-from qwench.data.rows import Row, check_text, is_blank, read_rows
+from qwench.data.rows import Row, check_text, is_blank, read_rows, row_error
 from qwench.errors import ConfigError
 from qwench.samples import Group, Json, Prompt, Sample
 
@@ -88,7 +88,7 @@ def load_prompts(
     tokenised = [replace(one, token_ids=tuple(ids)) for one, ids in zip(untokenised, token_ids, strict=True)]
     for prompt in tokenised:
         if not prompt.token_ids or is_blank(prompt.text):
-            raise ConfigError(f"{prompt.place}: the prompt is empty.")
+            raise ConfigError(f"{prompt.place}: the prompt is empty; fill it, or remove the row.")
     prompts = [one for one in tokenised if max_prompt_len is None or len(one.token_ids) <= max_prompt_len]
     if not prompts:
         raise ConfigError(
@@ -186,7 +186,7 @@ def _read_pass_rate(row: Row, key: str | None) -> float | None:
     if rate is None:
         return None
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
-        raise ConfigError(f"{row.place}: {key!r} is {rate!r}, and --curriculum-key names a pass rate from 0 to 1, or null.")
+        raise row_error(row.place, f"{key!r} is {rate!r}, and --curriculum-key names a pass rate from 0 to 1, or null")
     return float(rate)
 
 

@@ -38,6 +38,11 @@ _PATTERN_CHARACTERS = frozenset("*?[")
 _SPEC = re.compile(r"(?P<path>.*)@\[(?P<start>-?\d{0,18}):(?P<stop>-?\d{0,18})\]")
 
 
+def row_error(place: str, problem: str) -> ConfigError:
+    """Return the error of a row that cannot be used."""
+    return ConfigError(f"{place}: {problem}; correct the row, or remove it.")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One record and its place in the file."""
@@ -69,9 +74,9 @@ class Row:
             try:
                 value = json.loads(value, object_pairs_hook=named_once)
             except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{self.place}: key {key!r} holds text that is not JSON ({error}).") from error
+                raise row_error(self.place, f"key {key!r} holds text that is not JSON ({error})") from error
         if value is not None and not isinstance(value, kind):
-            raise ConfigError(f"{self.place}: key {key!r} must hold a {kind.__name__}, got a {type(value).__name__}.")
+            raise row_error(self.place, f"key {key!r} must hold a {kind.__name__}, got a {type(value).__name__}")
         self.check_recordable(key, value)
         return value
 
@@ -97,11 +102,13 @@ def read_rows(spec: str) -> list[Row]:
         path, wanted = parse_spec(spec)
         files = _files(path)
     except (OSError, ValueError, RuntimeError) as error:  # of names that no file can have
-        raise ConfigError(f"{spec[:200]!r} names no data file ({error}).") from error
+        raise ConfigError(
+            f"{spec[:200]!r} names no data file ({error}); give a file, a folder, a pattern or a data set of the hub."
+        ) from error
     # The rows of a single large file outside the slice are never decoded.
     rows = _READERS[path.suffix](path, wanted) if files == [path] else _join(files)[wanted]
     if not rows:
-        raise ConfigError(f"the data set {spec} has no rows.")
+        raise ConfigError(f"the data set {spec} has no rows; give one with rows, or another slice @[start:stop].")
     return rows
 
 
@@ -113,7 +120,7 @@ def check_first_row(spec: str, key: str, *, flag: str) -> None:
     """
     path, wanted = parse_spec(spec)
     if path.is_file() and path.stat().st_size == 0:
-        raise ConfigError(f"the data set {spec} has no rows.")
+        raise ConfigError(f"the data set {spec} has no rows; give one with rows, or another slice @[start:stop].")
     columns = _first_columns(path) if wanted == slice(None) else None
     if columns is not None and key not in columns:
         place = f"{path}:1" if path.suffix == ".jsonl" else f"{path} row 1"
@@ -217,16 +224,18 @@ def _read_csv(path: Path, wanted: slice) -> list[Row]:
     try:
         names = reader.fieldnames or ()
         if len(set(names)) < len(names):
-            raise ConfigError(f"{path} has two columns of one name: {', '.join(names)}.")
+            raise ConfigError(f"{path} has two columns of one name: {', '.join(names)}; rename one.")
         for number, record in enumerate(reader, start=1):
             place = f"{path} row {number}"
             if None in record or None in record.values():
-                raise ConfigError(f"{place} has another number of columns than the first line.")
+                raise ConfigError(f"{place} has another number of columns than the first line; correct the line.")
             for value in record.values():
                 check_text(value, place=place)
             rows.append(_row(place, {key: value or None for key, value in record.items()}))
     except csv.Error as error:
-        raise ConfigError(f"{path}:{reader.reader.line_num} is not CSV ({error}).") from error
+        raise ConfigError(
+            f"{path}:{reader.reader.line_num} is not CSV ({error}); correct the line, or convert the file to .jsonl."
+        ) from error
     return rows[wanted]
 
 
@@ -234,9 +243,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text ({error}).") from error
+        raise ConfigError(f"{path} is not UTF-8 text ({error}); convert it to UTF-8.") from error
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error}).") from error
+        raise ConfigError(f"{path} cannot be read ({error}); give a file that can be read.") from error
 
 
 def _parse_line(place: str, line: str) -> Row:
@@ -311,7 +320,10 @@ def _read_parquet(path: Path, wanted: slice) -> list[Row]:
         start, stop, _ = wanted.indices(table.num_rows)
         records = list(_records(table.slice(start, max(stop - start, 0))))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not a readable parquet file ({' '.join(str(error).split())[:300]}).") from error
+        raise ConfigError(
+            f"{path} is not a readable parquet file ({' '.join(str(error).split())[:300]}); "
+            "write it again, or convert it to .jsonl."
+        ) from error
     rows = []
     for number, record in enumerate(records, start=start + 1):
         place = f"{path} row {number}"
@@ -362,7 +374,9 @@ def _plain(value: object, *, place: str) -> Json:
             try:
                 return _plain(value.decode(), place=place)
             except UnicodeDecodeError as error:
-                raise ConfigError(f"{place} holds bytes that are not UTF-8 text ({error}).") from error
+                raise ConfigError(
+                    f"{place} holds bytes that are not UTF-8 text ({error}); write the column as text."
+                ) from error
         case date() | datetime() | time():
             return value.isoformat()
         case Decimal() | timedelta():

@@ -116,10 +116,10 @@ def load_sft(
             else:
                 examples.append(example)
     if not examples:
+        too_long = f"{num_too_long} longer than {max_len} tokens (raise --rollout-max-context-len), " if num_too_long else ""
         raise ConfigError(
-            f"no conversation of {spec} can be trained on: "
-            + (f"{num_too_long} are longer than the limit of {max_len} tokens, " if max_len is not None else "")
-            + f"{num_untrained} have no assistant turn to learn from."
+            f"no conversation of {spec} can be trained on: {too_long}{num_untrained} without an assistant turn to learn from; "
+            "give others."
         )
     return LoadedSft(examples=examples, num_too_long=num_too_long, num_untrained=num_untrained, differing=differing)
 

@@ -83,7 +83,10 @@ def integer_label(label: str) -> str:
     try:
         number = Decimal(normal_form(label))
         if number.is_finite() and number.adjusted() >= _MOST_DIGITS:
-            raise RewardError(f"--rm-type dapo compares integers of up to {_MOST_DIGITS} digits, but the label is {shown!r}.")
+            raise RewardError(
+                f"--rm-type dapo compares integers of up to {_MOST_DIGITS} digits, but the label is {shown!r}; "
+                "give such labels, or another --rm-type."
+            )
         return str(int(number))
     except (InvalidOperation, OverflowError, ValueError) as error:
         raise RewardError(f"--rm-type dapo compares integers, but the label is {shown!r}; use --rm-type math.") from error

@@ -81,7 +81,9 @@ def read_question(label: str, metadata: Mapping[str, Json]) -> Question:
     """
     choices = metadata.get("choices") or ()
     if isinstance(choices, str):
-        raise RewardError(f"--rm-type gpqa needs metadata.choices as a list or an object, got the text {choices[:40]!r}.")
+        raise RewardError(
+            f"--rm-type gpqa needs metadata.choices as a list or an object, got the text {choices[:40]!r}; correct the rows."
+        )
     texts = [str(choice) for choice in (choices.values() if isinstance(choices, Mapping) else choices)]
     given = metadata.get("valid_letters") or (choices.keys() if isinstance(choices, Mapping) else ())
     letters = tuple(str(letter).upper() for letter in given) or tuple(string.ascii_uppercase[: len(texts) or _MOST_LETTERS])
@@ -104,7 +106,7 @@ def _right_letter(label: str, letters: Sequence[str], texts: Sequence[str], meta
     if said is not None:
         letter = str(said).strip().upper()
         if letter not in letters:
-            raise RewardError(f"metadata.correct_letter {said!r} is none of the options {', '.join(letters)}.")
+            raise RewardError(f"metadata.correct_letter {said!r} is none of the options {', '.join(letters)}; correct the row.")
         return letter
     if label.upper() in letters:
         return label.upper()

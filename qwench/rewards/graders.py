@@ -96,7 +96,9 @@ def rm_types_of(reward: RewardConfig, metadata: Mapping[str, Json]) -> tuple[str
     if not chosen:
         raise ConfigError("no reward is chosen: pass --rm-type or --custom-rm-path, or give every row a metadata.rm_type.")
     if len(reward.weights_of(chosen)) != len(chosen):
-        raise ConfigError(f"{len(chosen)} rewards ({','.join(chosen)}) have other than one of --reward-weights each.")
+        raise ConfigError(
+            f"{len(chosen)} rewards ({','.join(chosen)}) have other than one of --reward-weights each; give as many weights."
+        )
     return chosen
 
 
@@ -173,11 +175,11 @@ def toss_coin(sample: Sample) -> Verdict:
 
 
 def _refuse_remote(sample: Sample) -> Verdict:
-    raise RewardError(f"sample {sample.sample_id} is graded by {REMOTE}, and no --rm-url is given.")
+    raise RewardError(f"sample {sample.sample_id} is graded by {REMOTE}, and no --rm-url is given; give it.")
 
 
 def _refuse_judge(sample: Sample) -> Verdict:
-    raise RewardError(f"sample {sample.sample_id} is graded by {JUDGE}, and no --judge-url is given.")
+    raise RewardError(f"sample {sample.sample_id} is graded by {JUDGE}, and no --judge-url is given; give it.")
 
 
 def _boxed_or_whole(rm_type: str, grade: Callable[[str, Sample], Verdict | Question]) -> Grader:

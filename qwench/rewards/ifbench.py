@@ -45,7 +45,9 @@ def instructions_of(metadata: Mapping[str, Json]) -> list[str]:
     """
     names = [str(name).strip() for name in metadata.get("instruction_id_list") or ()]
     if not names:
-        raise RewardError("--rm-type ifbench needs instruction_id_list in the row's metadata.")
+        raise RewardError(
+            "--rm-type ifbench needs instruction_id_list in the row's metadata; add it, or choose another --rm-type."
+        )
     return names
 
 

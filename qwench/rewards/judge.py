@@ -99,9 +99,13 @@ def read_template(reward: RewardConfig) -> str:
     try:
         template = read_small_text(reward.judge_prompt_path)
     except (OSError, UnicodeDecodeError) as cause:
-        raise ConfigError(f"--judge-prompt-path {reward.judge_prompt_path} cannot be read: {cause}") from cause
+        raise ConfigError(
+            f"--judge-prompt-path {reward.judge_prompt_path} cannot be read: {cause}; give a text file"
+        ) from cause
     if "{response}" not in template:
-        raise ConfigError(f"--judge-prompt-path {reward.judge_prompt_path} has no {{response}}, so the judge would see none")
+        raise ConfigError(
+            f"--judge-prompt-path {reward.judge_prompt_path} has no {{response}}, so the judge would see none; add it"
+        )
     return template
 
 
@@ -124,7 +128,10 @@ def read_verdict(answer: Answer, *, scores: Sequence[float]) -> Verdict:
         text, usage = str(answer["choices"][0]["message"]["content"] or ""), answer.get("usage") or {}
         cost = {PROMPT_TOKENS: int(usage.get("prompt_tokens", 0)), ANSWER_TOKENS: int(usage.get("completion_tokens", 0))}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as cause:
-        raise RewardError(f"--judge-url must answer a chat completion, got {str(answer)[:_SHOWN_CHARS]}.") from cause
+        raise RewardError(
+            f"--judge-url must answer a chat completion, got {str(answer)[:_SHOWN_CHARS]}; "
+            "give the base URL of an OpenAI-compatible server."
+        ) from cause
     (lowest, highest), said = scores, _said_score(text)
     score = None if said is None else read_score(said, highest=highest)
     if score is not None and lowest <= score <= highest:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from qwench.errors import ConfigError, RewardError
+from qwench.errors import ConfigError, RewardError, counted
 from qwench.rewards.boxed import last_box
 from qwench.rewards.scores import Answer, read_answer
 from qwench.samples import Json, Sample, Verdict
@@ -103,7 +103,8 @@ class JsonServer:
                 is_last = self._deadline_s is None and len(failed) == ATTEMPTS
                 if is_last or (isinstance(cause, _Refused) and cause.is_final):
                     raise RewardError(
-                        f"{self._flag} {self._url} did not grade {what}, asked {len(failed)} times: {str(cause) or repr(cause)}"
+                        f"{self._flag} {self._url} did not grade {what}, asked {counted(len(failed), 'time')}: "
+                        f"{str(cause) or repr(cause)}; look at the server's log"
                     ) from cause
             await asyncio.sleep(pause_s(len(failed) - 1))
 

@@ -77,7 +77,10 @@ def test_column_names_can_be_chosen(tmp_path: Path) -> None:
         ({"response": 3, "label": "3"}, "'response' must be a string"),
         ({"response": "x", "label": None}, "key 'label' .* is null"),
         ({"response": "x", "label": [1]}, r"key 'label' .* must be a string or a number, got \[1\]"),
-        ({"response": "x", "label": " "}, "key 'label' .* is blank: no answer can match it"),
+        (
+            {"response": "x", "label": " "},
+            "key 'label' .* is blank: no answer can match it; correct the label, or remove the row",
+        ),
         ({"response": "x", "label": float("nan")}, "key 'label' .* is nan: no answer can match it"),
         ({"response": "x", "label": r"\boxed{7"}, "has a box that does not end"),
         ('{"response": "x", "label": 1' + "0" * 5000 + "}", "cannot be read"),

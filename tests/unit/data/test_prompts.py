@@ -312,7 +312,7 @@ def test_whatever_a_template_raises_is_one_line(tmp_path, monkeypatch, template)
         ([{"role": "user", "content": [{"text": "hi", "image_url": "a.png"}]}], "a message has image_url, which does not"),
         (
             [{"role": "assistant", "content": "a", "function_call": {"name": "f", "arguments": "{}"}}],
-            "a message has function_call, which does not reach the model",
+            "a message has function_call, which does not reach the model: only text and tool_calls do; remove it",
         ),
     ],
 )

@@ -141,7 +141,7 @@ def test_csv_and_json_arrays_are_read(tmp_path):
         ("a.csv", "q,a\n1,2,3\n", "row 1 has another number of columns"),
         ("a.csv", "q,a\n1\n", "row 1 has another number of columns"),
         ("a.csv", "q,q\n1,2\n", "two columns of one name: q, q"),
-        ("a.csv", 'q,a\n"x"y,2\n', r"a\.csv:2 is not CSV"),
+        ("a.csv", 'q,a\n"x"y,2\n', r"a\.csv:2 is not CSV .*; correct the line"),
         ("a.csv", "q,a\nx\0y,2\n", r"a\.csv row 1 holds a NUL character"),
         ("a.json", '{"q": 1}', "holds a JSON dict; it must be an array"),
         ("a.json", "[1]", "row 1 is a int; each row must be an object"),

@@ -88,7 +88,7 @@ def test_long_and_untrained_conversations_are_dropped_and_counted(tmp_path):
 def test_limit_counts_all_tokens(tmp_path):
     length = len(first_sample(load(tmp_path, [conversation("123")])).tokens)
     assert len(load(tmp_path, [conversation("123")], max_len=length).examples) == 1
-    with pytest.raises(ConfigError, match="1 are longer than the limit"):
+    with pytest.raises(ConfigError, match="1 longer than 16 tokens"):
         load(tmp_path, [conversation("123")], max_len=length - 1)
 
 
@@ -290,5 +290,6 @@ def test_without_a_limit_no_limit_is_spoken_of(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, [conversation("1", step_loss_mask=0)])
     assert str(caught.value) == (
-        f"no conversation of {tmp_path / 'sft.jsonl'} can be trained on: 1 have no assistant turn to learn from."
+        f"no conversation of {tmp_path / 'sft.jsonl'} can be trained on: 1 without an assistant turn to "
+        "learn from; give others."
     )

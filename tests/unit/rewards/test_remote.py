@@ -127,7 +127,7 @@ def test_after_ten_attempts_the_run_ends(serve, no_pauses):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ((422, "no such field"), r"asked 1 times: status 422: no such field"),
+        ((422, "no such field"), r"asked 1 time: status 422: no such field"),
         ((200, '{"points": 1}'), r"must answer a finite number, or an object with one under 'score'"),
         ((200, '"good"'), r"got good"),
         ((200, "NaN"), r"got nan"),

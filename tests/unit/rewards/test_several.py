@@ -271,7 +271,7 @@ def test_a_judge_that_refuses_ends_the_run():
     model = Model(401)
     try:
         reward = RewardConfig(rm_type="judge", judge_url=model.url, judge_model="big")
-        with pytest.raises(RewardError, match=r"--judge-url .* did not grade sample 0, asked 1 times: status 401"):
+        with pytest.raises(RewardError, match=r"--judge-url .* did not grade sample 0, asked 1 time: status 401"):
             graded(reward, sample("x"))
     finally:
         model.close()
