@@ -13,6 +13,7 @@ mean to every tool that uses the hub.
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,11 @@ def data_files(spec: str, *, flag: str) -> str:
         return spec
     names = _files(named, flag)
     readme = [name for name in names if name == "README.md"]
-    card = (_fetch(named, "dataset", flag, allow_patterns=readme) / "README.md").read_text("utf-8", "replace") if readme else ""
+    card = (
+        (_fetch(named, "dataset", flag, allow_patterns=readme) / "README.md").read_text(encoding="utf-8", errors="replace")
+        if readme
+        else ""
+    )
     chosen = choose_files(names, named.part, card, where=f"{flag}: the hub's data set {named.repository}")
     folder = _fetch(named, "dataset", flag, allow_patterns=list(chosen))
     return f"{folder / as_pattern(chosen, folder)}{named.rows}"
@@ -133,8 +138,7 @@ def as_pattern(names: Sequence[str], folder: Path) -> str:
     """
     if len(names) == 1:
         return names[0]
-    first, last = min(names), max(names)
-    shared = first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+    shared = os.path.commonprefix(names)  # noqa: RUF071  # characters are meant
     pattern = f"{shared}*{PurePosixPath(names[0]).suffix}"
     found = sorted(str(path.relative_to(folder)) for path in folder.glob(pattern))
     if found != sorted(names):

@@ -121,7 +121,7 @@ class ChildProcess:
 
 def _append(log_file: Path, line: str) -> None:
     """Append a line to a log. A full disk costs the line: the child would wait forever for a reader that ended."""
-    with suppress(OSError), log_file.open("a", errors="replace") as log:
+    with suppress(OSError), log_file.open("a", encoding="utf-8", errors="replace") as log:
         log.write(line)
 
 

@@ -212,4 +212,4 @@ def commands(folder: Path, *, seed: int) -> list[tuple[str, list[str], Path]]:
 
 
 def _accuracy(eval_folder: Path) -> float:
-    return float(json.loads((eval_folder / "metrics.json").read_text())["eval/held_out"])
+    return float(json.loads((eval_folder / "metrics.json").read_text(encoding="utf-8"))["eval/held_out"])

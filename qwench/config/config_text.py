@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -83,10 +84,9 @@ def without_secrets(value: object) -> object:
     if isinstance(value, Mapping):
         return {name: _HIDDEN if _SECRET_NAME.search(str(name)) else without_secrets(item) for name, item in value.items()}
     if isinstance(value, tuple):
-        before = [str(word) for word in ("", *value)]
         return tuple(
-            _HIDDEN if word.startswith("--") and _SECRET_NAME.search(word) else without_secrets(item)
-            for item, word in zip(value, before, strict=False)
+            _HIDDEN if str(word).startswith("--") and _SECRET_NAME.search(str(word)) else without_secrets(item)
+            for word, item in pairwise(("", *value))
         )
     return _CREDENTIALS.sub(f"//{_HIDDEN}@", value) if isinstance(value, str) else value
 

@@ -118,7 +118,7 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
     if not path.is_file():
         raise ConfigError(f"there is no tiktoken file {path}; give an existing one with --qwen-tiktoken PATH.")
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)

@@ -298,7 +298,7 @@ def write_companions(folder: Path, source: Path, dtypes: Mapping[str, torch.dtyp
             shutil.copyfile(source / name, folder / name)
     plain = next(dtype for name, dtype in dtypes.items() if not (is_quantized_name(name) or is_scale_name(name)))
     _write_config(folder, source, plain, is_fp8=any(map(is_scale_name, dtypes)))
-    (folder / _EXPORT_MARKER).write_text(json.dumps({"qwench_version": __version__}) + "\n")
+    (folder / _EXPORT_MARKER).write_text(json.dumps({"qwench_version": __version__}) + "\n", encoding="utf-8")
 
 
 def check_export_folder(folder: Path) -> None:
@@ -333,4 +333,4 @@ def _write_config(folder: Path, source: Path, dtype: torch.dtype, *, is_fp8: boo
         config["quantization_config"] = QUANTIZATION_CONFIG
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
         config[key] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -151,5 +151,5 @@ def _generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
 
 def _add_rope_theta(config_file: Path, theta: float) -> None:
     """Repeat the rotary base where readers older than transformers 5 look for it."""
-    config = json.loads(config_file.read_text())
-    config_file.write_text(json.dumps({**config, "rope_theta": theta}, indent=2, sort_keys=True) + "\n")
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config_file.write_text(json.dumps({**config, "rope_theta": theta}, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -88,7 +88,7 @@ def write_index(folder: Path, shards: Sequence[Mapping[str, int]]) -> None:
     weight_map = {name: shard_name(index, len(shards)) for index, shard in enumerate(shards) for name in shard}
     total_size = sum(size for shard in shards for size in shard.values())
     index_json = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(index_json, indent=2) + "\n")
+    (folder / INDEX_FILE).write_text(json.dumps(index_json, indent=2) + "\n", encoding="utf-8")
 
 
 def _provisional(folder: Path, index: int) -> Path:

@@ -209,7 +209,7 @@ def _is_stopped(group: int) -> bool:
     """Tell whether a signal has stopped a process of the group; without /proc nothing is known."""
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError):
-            state, _, its_group = status.read_text().rpartition(")")[2].split()[:3]
+            state, _, its_group = status.read_text(encoding="utf-8").rpartition(")")[2].split()[:3]
             if int(its_group) == group and state == "T":
                 return True
     return False

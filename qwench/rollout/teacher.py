@@ -15,7 +15,7 @@ import math
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from http.client import HTTPException
-from itertools import count
+from itertools import count, zip_longest
 
 from transformers import PreTrainedTokenizerBase
 
@@ -76,7 +76,7 @@ class Teachers:
                 )
                 continue
             if theirs != ours:
-                at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), len(ours))
+                at = next(i for i, pair in enumerate(zip_longest(ours, theirs)) if pair[0] != pair[1])
                 raise ConfigError(
                     f"the teacher {name} {self._section.teacher_flag} {server.base_url} has another tokenizer than "
                     f"--hf-checkpoint: it reads a text as {theirs[at : at + 3]} from token {at} on where the policy reads "
@@ -238,6 +238,6 @@ def _by_position(scores: Scores, scoring: Scoring) -> list[dict[int, float]]:
     named = scores.of_token_ids or [()] * len(scores.log_probs)
     top = scores.top or [()] * len(named)
     return [
-        {token: one for one, token in likeliest} | dict(zip(scoring.token_ids, row, strict=bool(row)))
+        {token: one for one, token in likeliest} | dict(zip(scoring.token_ids if row else (), row, strict=True))
         for likeliest, row in zip(top, named, strict=True)
     ]

@@ -61,7 +61,7 @@ def host_name() -> str:
     node = uuid.getnode()
     if not node & _RANDOM_NODE_BIT:
         return f"{platform.node()}/{node:012x}"
-    return f"{platform.node()}/{_BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ''}"
+    return f"{platform.node()}/{_BOOT_ID.read_text(encoding='ascii').strip() if _BOOT_ID.exists() else ''}"
 
 
 def device_name(device: torch.device) -> str:

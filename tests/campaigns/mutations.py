@@ -4,7 +4,7 @@
     python -m tests.campaigns.mutations qwench/rewards --total 25 --seed 3           25 changes of all modules below a folder
     python -m tests.campaigns.mutations qwench/samples.py --tests tests/unit/rollout/test_groups.py
 
-A change is tried on the module's mirror in tests/unit, and on the test of all deadlines. The other test files of its folder,
+A change is tried on the module's mirror in tests/unit, and on the rules of all sources. The other test files of its folder,
 and those that import it, then try the changes which these did not notice. With `--reach FILE` (see `reach.py`) all other tests
 that run the changed function try what is left, the quickest first, up to 30 s of each kind, and then one file with a test that
 takes longer. `--tests` names other files in place of all that.
@@ -41,7 +41,7 @@ from tests.campaigns.reach import Reach, copy_tree
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "torch.distributed", "transformers", "hypothesis", "sympy", "aiohttp", "fastapi", "uvicorn")
-READS_ALL = "tests/unit/test_waits.py"
+READS_ALL = "tests/unit/test_source.py"
 """Reads the source of every module."""
 LIMIT_S = 30.0
 """How long the recorded tests of one change take."""

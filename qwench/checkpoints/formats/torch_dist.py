@@ -192,7 +192,7 @@ def write_common_files(
             "param_state_sharding_type": "fully_reshardable",
         }
     torch.save(common, folder / COMMON_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps(_CONFIG))
+    (folder / CONFIG_FILE).write_text(json.dumps(_CONFIG), encoding="utf-8")
 
 
 def megatron_args(model: Architecture) -> Namespace:

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any, get_args, get_type_hints
 
 from qwench.config.values import parse_value, takes_many
@@ -96,7 +97,7 @@ def field_docstrings(section_type: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(section_type))).body[0]
     assert isinstance(body, ast.ClassDef)
     texts: dict[str, str] = {}
-    for statement, following in zip(body.body, body.body[1:], strict=False):
+    for statement, following in pairwise(body.body):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and isinstance(following, ast.Expr):
             text = following.value
             if isinstance(text, ast.Constant) and isinstance(text.value, str):

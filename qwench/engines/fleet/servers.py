@@ -280,7 +280,7 @@ def visible_devices(gpu_ids: Sequence[int], environ: Mapping[str, str]) -> dict[
 
 def tail(path: Path, num_lines: int = LOG_TAIL_LINES) -> str:
     """Return the last lines of a log, without those of requests that were answered."""
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     lines = [line for line in lines if not line.endswith('HTTP/1.1" 200 OK')]
     return "\n".join(lines[-num_lines:]) or "(empty)"
 

@@ -52,4 +52,4 @@ def prefers_onednn() -> bool:
     """Tell whether this is an AMD processor with AVX-512, and PyTorch has both libraries."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and _CPU_INFO.exists()):
         return False
-    return "AuthenticAMD" in _CPU_INFO.read_text() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "AuthenticAMD" in _CPU_INFO.read_text(encoding="utf-8") and torch.backends.cpu.get_cpu_capability() == "AVX512"

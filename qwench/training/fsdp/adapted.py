@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,9 +55,7 @@ class FlatAdapters:
                 names = [f"model.layers.{index}.{part}" for part in parts]
                 ordered |= {f"{name}.{A}": shapes[f"{name}.{A}"] for name in names if f"{name}.{A}" in shapes}
                 ordered |= {f"{name}.{B}": shapes[f"{name}.{B}"] for name in names if f"{name}.{B}" in shapes}
-        follows = {
-            name for before, name in zip(ordered, list(ordered)[1:], strict=False) if before.endswith(A) and name.endswith(A)
-        }
+        follows = {name for before, name in pairwise(ordered) if before.endswith(A) and name.endswith(A)}
         self.by_name = flat_views(ordered, follows, dtype, device)
         self.bound = replace(base, layers=tuple(self._with_adapters(*item) for item in enumerate(base.layers)))
 

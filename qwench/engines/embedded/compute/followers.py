@@ -371,7 +371,7 @@ def divide(model: Architecture, settings: EmbeddedSettings) -> tuple[WeightStore
 def _is_stopped(pid: int | None) -> bool:
     """Tell whether a signal (SIGSTOP, SIGTSTP) stopped a process; False where the system does not say."""
     with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] == "T"
     return False
 
 

@@ -1,6 +1,7 @@
-"""docs/waits.md and docs/limits.md: every number there is that of the code, and none is missing."""
+"""What is true of the source of every module: its numbers are those of docs/waits.md and docs/limits.md, and house rules."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +18,7 @@ WAITS = r"_?[A-Z]\w*_S|_?(?:MAX_|CONNECT_)?ATTEMPTS|MAX_STARTS"
 LIMITS = r"_?(?:MAX|MOST)_(?!ATTEMPTS|STARTS)\w*(?<!_S)"
 KEYWORD = r"\b(?:timeout\w*|\w+_s)=[\d.]*[1-9][\d.]*(?=[,)])"
 IN_A_CALL = re.compile(KEYWORD + r"|\b(?:sleep|join|wait|wait_for|poll|alarm)\([^()]*\b[\d.]*[1-9]\d*\)")
-OF_A_SIGNATURE = re.compile(r"^ +\w*(?:timeout|_s): (?:float|int)(?: \| None)? = \d.*$", re.MULTILINE)
+OF_A_SIGNATURE = re.compile(r"(?:^ +|[(,]\s*)\w*(?:timeout|_s): (?:float|int)(?: \| None)? ?= ?\d", re.MULTILINE)
 SECONDS_OF = {"s": 1, "min": 60, "h": 3600}
 
 
@@ -68,3 +69,26 @@ def test_seconds_have_a_name_that_the_page_can_tell():
     in_signatures = {path for path, source in SOURCES.items() if OF_A_SIGNATURE.search(source)}
     theirs = {Path("foreign/session.py")}  # slime's functions and their defaults
     assert {path for path in in_signatures if path.parts[:2] != ("config", "sections")} == theirs
+
+
+def calls(name: str) -> dict[str, list[str]]:
+    """Return the arguments of every call of a function, as they are written, by module."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path, source in SOURCES.items():
+        for match in re.finditer(rf"\b{name}\(", source):
+            depth, end = 1, match.end()
+            while depth:
+                depth += {"(": 1, ")": -1}.get(source[end], 0)
+                end += 1
+            found[str(path)].append(source[match.end() : end - 1])
+    return found
+
+
+def test_lists_that_go_together_are_of_one_length():
+    loose = {path for path, found in calls("zip").items() if any("strict=True" not in one for one in found)}
+    assert loose == {"rewards/gpqa.py"}, "letters may be more than the texts of a row"
+
+
+@pytest.mark.parametrize("name", ["read_text", "write_text"])
+def test_text_files_have_one_encoding_on_every_machine(name):
+    assert [one for found in calls(name).values() for one in found if "encoding=" not in one] == []
