@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
 from qwench.checkpoints.convert import Conversion, Converted
+from qwench.commands import convert
 from qwench.commands.convert import PROMPTS, _report, _verify, convert_torch_dist_to_hf, run
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.built_tokenizers import build_small_tokenizer
@@ -67,3 +68,48 @@ def test_weights_that_were_not_written_as_they_were_read_are_told_by_the_logits(
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="differ by up to inf"):
         _verify(console, conversion, torch.float32)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Conversion, bool]]:
+    """Return what would be converted, and whether it would be verified."""
+    made: list[tuple[Conversion, bool]] = []
+    monkeypatch.setattr(convert, "_run", lambda conversion, *, verify=False: made.append((conversion, verify)))
+    return made
+
+
+def test_flags_of_the_command_and_of_slimes_scripts_say_what_to_convert(
+    asked: list[tuple[Conversion, bool]], tmp_path: Path
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    Qwen3Config(vocab_size=64, num_hidden_layers=2).save_pretrained(model)
+    (model / "model.safetensors").touch()
+    convert.run(["--input", str(model), "--output", str(out), "--to", "torch_dist"])
+    words = ["--input", str(model), "--output", str(out), "--to", "hf", "--hf-checkpoint", str(model), "--verify"]
+    convert.run([*words, "--dtype", "float16", "--weights-only", "--max-shard-gb", "0.5"])
+    convert.convert_hf_to_torch_dist(["--hf-checkpoint", str(model), "--save", str(out), "--num-layers", "2"])
+    places = ["--input-dir", str(model), "--output-dir", str(out), "--origin-hf-dir", str(model)]
+    convert_torch_dist_to_hf([*places, "--vocab-size", "64"])
+    convert_torch_dist_to_hf([*places, "-f", "--chunk-size", "7"])
+    common = {"source": model, "output": out, "hf_folder": model}
+    expected = [
+        ({"to": "torch_dist", "dtype": None, "with_optimizer": True, "max_shard_bytes": 2 * 10**9, "replace": False}, False),
+        ({"to": "hf", "dtype": torch.float16, "with_optimizer": False, "max_shard_bytes": 5 * 10**8}, True),
+        ({"to": "torch_dist"}, False),
+        ({"to": "hf", "replace": False, "max_shard_bytes": 2 * 10**9}, False),
+        ({"to": "hf", "replace": True, "max_shard_bytes": 7}, False),
+    ]
+    assert len(asked) == len(expected)
+    for (conversion, verify), (parts, verified) in zip(asked, expected, strict=True):
+        assert {name: getattr(conversion, name) for name in (*common, *parts)} == {**common, **parts}
+        assert (conversion.config.vocab_size, verify) == (64, verified)
+    with pytest.raises(ConfigError, match=r"^--num-layers \(3\) contradicts the checkpoint's config\.json \(2\)"):
+        convert.convert_hf_to_torch_dist(["--hf-checkpoint", str(model), "--save", str(out), "--num-layers", "3"])
+
+
+def test_the_bar_of_all_ranks_advances_by_whole_megabytes_of_one_rank() -> None:
+    steps: list[int] = []
+    add = convert._in_megabytes(steps.append, 4)
+    for nbytes in (200_000, 100_000, 1_000_000):
+        add(nbytes)
+    assert steps == [0, 1, 4]  # 0.8, 1.2 and 5.2 MB of four ranks
