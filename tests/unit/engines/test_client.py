@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +13,7 @@ import pytest
 
 from qwench.engines import client
 from qwench.engines.client import OF_A_ROUTER, HttpEngine
-from qwench.engines.protocol import GenerateRequest, SamplingParams
+from qwench.engines.protocol import GenerateRequest, MemoryTag, SamplingParams
 from qwench.errors import EngineError, EngineLostError
 from tests.deadlines import patient
 
@@ -90,3 +91,33 @@ def test_requests_that_are_given_up_twice_while_their_server_is_lost_leave_no_er
     asyncio.run(give_up())
     gc.collect()
     assert not complaints
+
+
+def test_a_server_that_does_not_listen_is_asked_four_times_with_pauses_that_double(monkeypatch):
+    pauses = []
+
+    async def note(seconds: float) -> None:
+        pauses.append(seconds)
+
+    async def ask() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            engine = HttpEngine(f"http://127.0.0.1:{free.getsockname()[1]}")
+        with pytest.raises(EngineLostError, match=r"cannot be reached for /pause_generation \(4 attempts\)"):
+            await engine.post("/pause_generation", {})
+        monkeypatch.undo()
+        await engine.close()
+
+    monkeypatch.setattr(client.asyncio, "sleep", note)
+    asyncio.run(ask())
+    assert [one for one in pauses if one] == [0.25, 0.5, 1.0]
+
+
+def test_a_server_drains_for_30_s_and_has_twice_as_long_to_answer(monkeypatch):
+    asked = []
+
+    async def post(self: HttpEngine, path: str, body: object, *, timeout_s: float = 60.0) -> None:
+        asked.append((path, body, timeout_s))
+
+    monkeypatch.setattr(HttpEngine, "post", post)
+    asyncio.run(HttpEngine("http://h").sleep([MemoryTag.KV_CACHE]))
+    assert asked == [("/flush_cache?timeout=30", {}, 60.0), ("/release_memory_occupation", {"tags": ["kv_cache"]}, 60.0)]
