@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from qwench.checkpoints.folders import check_base, check_weights
+from qwench.checkpoints.folders import check_base, check_weights, frozen_form
 from qwench.checkpoints.formats.sources import find_checkpoint, open_weights
 from qwench.config.config import Config
 from qwench.config.environment import TOKEN_VARIABLE
@@ -45,6 +46,8 @@ from qwench.observability.timing import PhaseTimer
 from qwench.observability.waiting import waiting
 from qwench.weights.plan import NamedAdapter, PublicationPlan
 from qwench.weights.publisher import Devices, PublishedModel, Publisher
+
+_logger = logging.getLogger(__name__)
 
 
 def command_makers(inputs: Inputs, *, num_engines: int, token: str, with_weights: bool, on_gpus: bool) -> list[CommandMaker]:
@@ -315,8 +318,8 @@ def serve(config: ServeConfig) -> None:
     )
     inputs = read_inputs(run, plan_inputs(run, trains=False))
     check_weights(run.checkpoint, inputs.plan.model, inputs.model_folder)
-    adapters = {name: _find_adapter(name, folder, inputs) for name, folder in config.server.adapters.items()}
     open_process_log("info", f"engine at port {config.server.port}")
+    adapters = {name: _find_adapter(name, folder, inputs) for name, folder in config.server.adapters.items()}
     serve_engine(
         config.model.hf_checkpoint,
         replace(embedded_settings(inputs, order_varies=True), num_devices=config.server.num_gpus),
@@ -344,6 +347,14 @@ def _find_adapter(name: str, folder: Path, inputs: Inputs) -> Path:
 
 
 def _check_adapter_base(inputs: Inputs, adapter: Path) -> None:
-    """Raise ConfigError if a run trained the adapter on another base than the one that is served."""
-    if not is_fp8_checkpoint(inputs.model_folder):  # what was rounded cannot be told from another base
-        check_base(adapter, inputs.model_folder, open_weights(inputs.model_folder, inputs.plan.model))
+    """Raise ConfigError if a run trained the adapter on another base than the one that is served; say if it rounded that."""
+    if is_fp8_checkpoint(inputs.model_folder):  # what was rounded cannot be told from another base
+        return
+    check_base(adapter, inputs.model_folder, open_weights(inputs.model_folder, inputs.plan.model))
+    if (form := frozen_form(adapter)) is not None:
+        _logger.warning(
+            "%s was trained beside a base that --lora-base rounded to %s; the base served here is not rounded, so answers are "
+            "not quite those of the run. `qwench convert --to hf` merges the adapter into the rounded base",
+            adapter,
+            form,
+        )

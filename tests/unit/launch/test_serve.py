@@ -45,7 +45,9 @@ def test_a_server_of_the_embedded_engine_has_the_flags_of_its_verb(monkeypatch: 
     assert served[-2].num_devices == 2 and not served[-2].inline
 
 
-def test_a_served_adapter_is_checked_against_the_model_and_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_served_adapter_is_checked_against_the_model_and_its_base(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     checked: list[object] = []
     monkeypatch.setattr(engines, "is_fp8_checkpoint", lambda folder: True)
     monkeypatch.setattr(engines, "find_checkpoint", lambda folder, *, flag: folder / flag)
@@ -58,7 +60,12 @@ def test_a_served_adapter_is_checked_against_the_model_and_its_base(monkeypatch:
     assert engines._find_adapter("a", Path("folder"), inputs) == found
     assert checked == [(found, QWEN3_4B)], "an FP8 base cannot be told from another"
     monkeypatch.setattr(engines, "is_fp8_checkpoint", lambda folder: False)
-    assert engines._find_adapter("a", Path("folder"), inputs) == found
+    assert engines._find_adapter("a", Path("folder"), inputs) == found and not caplog.messages
+    monkeypatch.setattr(engines, "frozen_form", {found: "nf4"}.get)
+    engines._check_adapter_base(inputs, found)
+    (said,) = caplog.messages
+    assert said.startswith(f"{found} was trained beside a base that --lora-base rounded to nf4; the base served here is not")
+    checked.pop()
     assert checked[1:] == [(found, QWEN3_4B), (found, inputs.model_folder, (inputs.model_folder, QWEN3_4B))]
 
     def refuse(*given: object) -> None:
