@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from contextlib import suppress
 
@@ -76,8 +77,10 @@ def test_close_cancels_what_runs_and_refuses_more():
     thread.close()
     thread.close()
     assert events[1:] == ["ended"]
-    with pytest.raises(EngineError, match="closed already"):
-        thread.run(start(), label="start", timeout_s=patient(5))
+    refused = start()
+    with pytest.raises(EngineError, match="start: the engines are closed already"):
+        thread.run(refused, label="start", timeout_s=patient(5))
+    assert inspect.getcoroutinestate(refused) == inspect.CORO_CLOSED, "else it warns that nobody awaited it"
 
 
 def test_close_ends_the_thread_although_a_task_ignores_its_cancellation(monkeypatch):
