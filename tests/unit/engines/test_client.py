@@ -58,6 +58,21 @@ def test_a_routers_500_is_a_server_that_is_gone_and_a_servers_own_is_its_failure
     assert (failure_of(url, status, lost_statuses=OF_A_ROUTER) is EngineLostError) == of_a_router
 
 
+def test_a_server_that_breaks_off_is_lost_by_its_name():
+    async def hang_up() -> None:
+        server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+        engine = HttpEngine(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", label="teacher x")
+        with pytest.raises(
+            EngineLostError, match=r"^teacher x \(http://[\d.:]*\) broke off during /a: .*; the server may have"
+        ):
+            await engine.post("/a", {})
+        await engine.close()
+        server.close()
+
+    asyncio.run(hang_up())
+    assert repr(HttpEngine("http://a:1/")) == "HttpEngine(http://a:1)"
+
+
 def test_requests_that_are_given_up_twice_while_their_server_is_lost_leave_no_error(monkeypatch):
     # The run ends with the failure of the request itself: a trace of each abort would bury it.
     monkeypatch.setattr(client, "CONNECT_BACKOFF_S", 0.01)

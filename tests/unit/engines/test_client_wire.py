@@ -72,7 +72,7 @@ class Server:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=[0.01], daemon=True).start()
 
     def bodies(self) -> list[tuple[str, object]]:
         return [(path, json.loads(body) if body else None) for _, path, body in self.requests]
@@ -142,6 +142,16 @@ def test_a_request_is_sent_and_its_answer_read_in_sglangs_form(serve):
     assert server.headers[0]["Content-Type"] == "application/json"
 
 
+def test_an_adapter_and_the_kept_tokens_are_asked_for_and_read(serve):
+    server = serve(generate={"text": "hi", "meta_info": {**META, "output_support": [[7, 8], [9]]}})
+    asked = replace(request(keeps_support=True), adapter="mine")
+    assert use(server.url, lambda engine: engine.generate(asked)).support == [[7, 8], [9]]
+    [(_, body)] = server.bodies()
+    assert (body["lora_path"], body["sampling_params"]["keeps_support"]) == ("mine", True)
+    use(server.url, lambda engine: engine.generate(request()))
+    assert "lora_path" not in server.bodies()[1][1] and "keeps_support" not in server.bodies()[1][1]["sampling_params"]
+
+
 def test_a_priority_arrives_as_it_was_given(serve):
     server = serve(generate={"text": "hi", "meta_info": META})
     use(server.url, lambda engine: engine.generate(replace(request(), priority=-1)))
@@ -178,6 +188,9 @@ def test_a_response_of_no_tokens_is_read(serve):
         ((400, {"error": {"detail": "too long"}}), "with status 400: too long"),
         ((400, {"error": "too long"}), "with status 400: too long"),
         ((422, b"too long"), "with status 422: too long"),
+        ((400, {"success": False, "error_message": "too long"}), "with status 400: too long"),
+        ((400, {"success": False}), "with status 400: {'success': False}"),
+        ((400, [1]), r"with status 400: \[1\]"),
     ],
 )
 def test_an_answer_that_is_no_result_is_an_error_and_no_loss(serve, answer, message):
@@ -207,6 +220,7 @@ def test_steering_calls_have_sglangs_paths_and_bodies(serve):
         await engine.abort("r")
         await engine.abort()
         await engine.pause()
+        await engine.pause(retract=True)
         await engine.resume()
         await engine.flush_cache()
         await engine.sleep([MemoryTag.KV_CACHE, MemoryTag.WEIGHTS])
@@ -218,6 +232,7 @@ def test_steering_calls_have_sglangs_paths_and_bodies(serve):
         ("/abort_request", {"rid": "r$", "abort_all": False}),
         ("/abort_request", {"rid": "$", "abort_all": True}),
         ("/pause_generation", {"mode": "in_place"}),
+        ("/pause_generation", {"mode": "retract"}),
         ("/continue_generation", {}),
         ("/flush_cache", {}),
         ("/flush_cache?timeout=30", {}),
@@ -275,7 +290,7 @@ def test_refused_weights_are_told_from_a_refused_request(serve):
         use(server.url, lambda engine: engine.flush_cache())
 
 
-def test_a_server_that_is_silent_or_breaks_off_is_lost(serve):
+def test_a_server_that_is_silent_is_lost(serve):
     with pytest.raises(EngineLostError, match=r"did not answer /generate within 0\.2 s"):
         use(serve(generate="hang").url, lambda engine: engine.generate(request()), generate_timeout_s=0.2)
 
@@ -361,6 +376,14 @@ def test_scores_of_a_prompt_are_read_as_sglang_sends_them():
 def test_scores_of_other_tokens_are_refused(entries):
     with pytest.raises(EngineError, match=r"input_token_logprobs has [12] tokens"):
         scored({**SCORED, "input_token_logprobs": entries}, Scoring(start=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"), [("input_top_logprobs", {"top_k": 2}), ("input_token_ids_logprobs", {"token_ids": (2, 8)})]
+)
+def test_a_list_of_scores_of_another_length_is_refused(name, asked):
+    with pytest.raises(EngineError, match=r"2 tokens have [01] input_top_logprobs, [01] input_token_ids_logprobs"):
+        scored({**SCORED, name: SCORED[name][:2]}, Scoring(start=2, **asked))
 
 
 @pytest.mark.parametrize("entries", [[[None, 5, None], [-0.5, 6, None]], None])

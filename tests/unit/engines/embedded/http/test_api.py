@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from qwench.engines.embedded.http.answers import FieldError
-from qwench.engines.embedded.http.api import GenerateBody
+from qwench.engines.embedded.http.api import GenerateBody, to_response
 from qwench.engines.embedded.http.openai_requests import ChatBody, CompletionBody
 from qwench.engines.embedded.http.weight_routes import GroupBody
-from qwench.engines.protocol import GenerateRequest, SamplingParams, Scoring
+from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult, SamplingParams, Scores, Scoring
 from qwench.errors import EngineError
 from qwench.models.built_tokenizers import build_small_tokenizer
 
@@ -181,7 +182,9 @@ def test_what_openais_paths_cannot_do_is_refused_by_its_field(kind, fields, fiel
 
 def test_neutral_values_are_accepted():
     openai(CompletionBody, **COMPLETION, n=1, best_of=1, logprobs=0, echo=False, suffix="", frequency_penalty=0, logit_bias={})
+    openai(CompletionBody, **COMPLETION, presence_penalty=0, repetition_penalty=1, return_hidden_states=False)
     openai(ChatBody, **CHAT, top_logprobs=0, tool_choice="none", response_format={"type": "text"}, modalities=["text"])
+    openai(ChatBody, **CHAT, tool_choice="auto", continue_final_message=False, functions=[], function_call="none", store=False)
     with pytest.raises(EngineError, match="this server has no tokenizer, so it cannot render messages"):
         ChatBody.model_validate(CHAT).prompts(None, max_tokens=1)
 
@@ -199,6 +202,48 @@ def test_neutral_values_are_accepted():
 def test_a_field_that_is_not_known_is_refused(kind, fields):
     with pytest.raises(ValidationError, match=r"unknown\n  Extra inputs are not permitted"):
         kind.model_validate(fields)
+
+
+SCORES = Scores(log_probs=[-0.5, -1.5], top=[[(-0.5, 6)], [(-0.25, 2)]], of_token_ids=[[-4.0, -3.0], [-0.25, -1.0]])
+
+
+@pytest.mark.parametrize(
+    ("reason", "matched", "told"),
+    [
+        (FinishReason.STOP, 9, {"type": "stop", "matched": 9}),
+        (FinishReason.LENGTH, None, {"type": "length", "length": 2}),
+        (FinishReason.ABORT, None, {"type": "abort", "message": "aborted by request"}),
+    ],
+)
+def test_an_answer_has_sglangs_form_and_what_was_asked_for(reason, matched, told):
+    sampling = SamplingParams(max_new_tokens=2)
+    request = GenerateRequest(request_id="r", input_ids=[4, 5, 6, 7], sampling=sampling)
+    result = GenerateResult(
+        request_id="r", output_ids=(8, 9), log_probs=(-1.0, -2.0), finish_reason=reason, matched=matched, text="hi",
+        weight_versions=(3, 4), cached_tokens=2,
+    )  # fmt: skip
+    meta = {
+        "id": "r", "finish_reason": told, "prompt_tokens": 4, "completion_tokens": 2, "cached_tokens": 2,
+        "weight_version": "4", "weight_versions": [3, 4],
+    }  # fmt: skip
+    bare, full = GenerateBody(input_ids=[4]), GenerateBody(input_ids=[4], return_logprob=True)
+    assert to_response(request, result, body=bare) == {"text": "hi", "output_ids": [8, 9], "meta_info": meta}
+    assert to_response(request, result, body=bare, ended=False)["meta_info"] == {**meta, "finish_reason": None}
+    drawn = {"output_token_logprobs": [[-1.0, 8, None], [-2.0, 9, None]]}
+    scoring = Scoring(start=2, top_k=1, token_ids=(2, 8))
+    scored, supported = replace(request, scoring=scoring), replace(result, support=[[8], [9, 1]])
+    assert to_response(scored, supported, body=full)["meta_info"] == {**meta, **drawn, "output_support": [[8], [9, 1]]}
+    lists = {
+        "input_token_logprobs": [[None, 5, None], [-0.5, 6, None], [-1.5, 7, None]],
+        "input_top_logprobs": [None, [[-0.5, 6, None]], [[-0.25, 2, None]]],
+        "input_token_ids_logprobs": [None, [[-4.0, 2, None], [-3.0, 8, None]], [[-0.25, 2, None], [-1.0, 8, None]]],
+    }
+    assert to_response(scored, replace(result, scores=SCORES), body=full)["meta_info"] == {**meta, **drawn, **lists}
+    alone = replace(scored, scoring=Scoring(start=2))
+    first = {"input_token_logprobs": lists["input_token_logprobs"]}
+    assert to_response(alone, replace(result, scores=SCORES), body=bare)["meta_info"] == {**meta, **first}
+    empty = replace(result, output_ids=(), log_probs=(), weight_versions=())
+    assert to_response(request, empty, body=bare)["meta_info"]["weight_version"] is None
 
 
 JOIN = {"master_address": "h", "master_port": 1, "rank_offset": 0, "world_size": 1, "timeout_s": 86_400}
