@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from qwench.engines.embedded.scheduling.admission import Admission, eos_ids_of
-from qwench.engines.protocol import GenerateRequest, SamplingParams
+from qwench.engines.embedded.scheduling.admission import QUIET_TURNS, Admission, eos_ids_of
+from qwench.engines.protocol import GenerateRequest, SamplingParams, Scoring
 from qwench.errors import EngineError
 from tests.unit.config.architectures import QWEN3_4B
 
@@ -19,9 +19,10 @@ def admission(seed: int = 0) -> Admission:
     return Admission(small, eos_ids=frozenset({9}), tokenizer=None, seed=seed)
 
 
-def accepted(admission: Admission, *, prompt=(1, 2, 3), room: int = 8, max_new_tokens: int = 4, priority: int = 0, **sampling):
-    params = SamplingParams(max_new_tokens=max_new_tokens, **sampling)
-    request = GenerateRequest(request_id="r", input_ids=list(prompt), sampling=params, priority=priority)
+def accepted(admission: Admission, *, prompt=(1, 2, 3), room: int = 8, max_new_tokens: int = 4, **fields):
+    own = {name: fields.pop(name) for name in ("priority", "scoring") if name in fields}
+    params = SamplingParams(max_new_tokens=max_new_tokens, **fields)
+    request = GenerateRequest(request_id="r", input_ids=list(prompt), sampling=params, **own)
 
     async def accept():
         return admission.accept(request, max_request_tokens=room)
@@ -99,6 +100,35 @@ def test_a_request_that_can_never_run_is_refused(fields: dict, message: str):
 @pytest.mark.parametrize("fields", [{"temperature": 0.0}, {"top_p": 1.0}, {"min_p": 1.0}, {"min_p": 0.0}, {"prompt": (0, 9)}])
 def test_the_ends_of_the_allowed_ranges_are_accepted(fields: dict):
     assert accepted(admission(), max_new_tokens=1, **fields).max_new_tokens == 1
+
+
+def test_a_request_that_scores_its_prompt_generates_nothing():
+    assert accepted(admission(), max_new_tokens=0, scoring=Scoring(start=2)).max_new_tokens == 0
+    with pytest.raises(EngineError, match=r"^request 'r' scores its prompt and has max_new_tokens 1; it must be 0"):
+        accepted(admission(), max_new_tokens=1, scoring=Scoring(start=2))
+    with pytest.raises(EngineError, match=r"^request 'r' scores from token 3 on; it must lie in \[1, 3\)"):
+        accepted(admission(), max_new_tokens=0, scoring=Scoring(start=3))
+    with pytest.raises(EngineError, match=r"^request 'r' wants log-probs of token ids outside \[0, 10\)"):
+        accepted(admission(), max_new_tokens=0, scoring=Scoring(start=1, token_ids=(10,)))
+
+
+@pytest.mark.parametrize(("inline", "num_arrived", "turns"), [(False, 1, 1), (True, 5, 5 + QUIET_TURNS)])
+def test_inline_all_requests_arrive_before_a_batch_is_made(inline, num_arrived, turns):
+    one, passed = admission(), []
+
+    async def arrive():
+        while len(passed) < 40:
+            passed.append(one.num_accepted)
+            one.num_accepted += len(passed) <= 5
+            await asyncio.sleep(0)
+
+    async def scenario():
+        arriving = asyncio.ensure_future(arrive())
+        await one.let_requests_arrive(inline=inline)
+        arriving.cancel()
+
+    asyncio.run(scenario())
+    assert (one.num_accepted, len(passed)) == (num_arrived, turns)
 
 
 def test_end_of_sequence_ids_come_from_config_and_tokenizer():
