@@ -15,6 +15,7 @@ class ScriptedRouter:
     """A router that sends nothing: requests to it break off, as those to a dead one do."""
 
     base_url = "http://127.0.0.1:1"
+    generate_timeout_s = 60.0
     label = "the router"
 
     def __init__(self) -> None:
