@@ -328,6 +328,7 @@ def serve(config: ServeConfig) -> None:
         token=os.environ.get(TOKEN_VARIABLE),
         adapters=adapters,
         check_base=partial(_check_adapter_base, inputs),
+        waits_for_weights=config.server.wait_for_weights,
     )
 
 

@@ -26,6 +26,8 @@ class ServerConfig:
     """GPUs that hold the model together, a part on each (tensor parallelism); on a CPU, processes."""
     deterministic_mode: bool = False
     """Give a response the same bits in every run: compute one response at a time, without the prefix cache. Much slower."""
+    wait_for_weights: bool = False
+    """Load no weights: a publication brings them. Requests before it are refused. Training runs start their servers so."""
     lora: tuple[str, ...] = ()
     """LoRA adapters to serve beside the model, as NAME=FOLDER of PEFT, or of a run, whose newest adapter is taken. A
     request names one by `lora_path`, on OpenAI's paths by `model`."""

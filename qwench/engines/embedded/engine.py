@@ -85,6 +85,7 @@ class EmbeddedEngine:
         *,
         weights: Mapping[str, Tensor] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        waits_for_weights: bool = False,
     ) -> EmbeddedEngine:
         """Make an engine from a checkpoint folder, or from a config alone.
 
@@ -93,6 +94,7 @@ class EmbeddedEngine:
             settings: sizes and modes; a folder decides `fp8` by itself.
             weights: Hugging Face names to tensors, copied.
             tokenizer: needed for stop strings and for `GenerateResult.text`. None: the folder's, or none with a config.
+            waits_for_weights: take their memory and load none. A publication brings them; until then it is healthy.
 
         Raises:
             ConfigError, CheckpointError, WeightSyncError: a model this engine cannot run, or weights that are not its.
@@ -105,13 +107,16 @@ class EmbeddedEngine:
             config, tokenizer = load_hf_config(source), tokenizer or load_tokenizer(source)
             eos_ids = frozenset(stop_token_ids(source, tokenizer))
             settings = replace(settings, fp8=is_fp8_checkpoint(source))
-            buckets = buckets or read_folder(source, architecture_of(config))
+            if not waits_for_weights:
+                buckets = buckets or read_folder(source, architecture_of(config))
         engine = cls(architecture_of(config), settings, eos_ids=eos_ids, tokenizer=tokenizer)
         with ExitStack() as failed:
             if engine._followers is not None:
                 failed.callback(engine._followers.close)
             if buckets is not None:
                 engine._weights.load(buckets)
+            elif waits_for_weights:
+                engine._weights.reserve()
             failed.pop_all()
         return engine
 
@@ -266,7 +271,7 @@ class EmbeddedEngine:
 
     async def health(self) -> bool:
         """See `Engine.health`."""
-        return self._requests.failure is None and self._weights.ready
+        return self._requests.failure is None and (self._weights.ready or self._weights.awaited)
 
     async def stats(self) -> EngineStats:
         """See `Engine.stats`."""

@@ -56,7 +56,11 @@ def serve_words(order: ServerOrder, index: int) -> list[str]:
         "embedded-mem-fraction": engine.embedded_mem_fraction,
     }
     words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
-    return [*words, "--deterministic-mode"] if order.deterministic else words
+    if order.deterministic:
+        words.append("--deterministic-mode")
+    if not order.serves_checkpoint and order.adapter is None:  # an adapter may be all that is published
+        words.append("--wait-for-weights")
+    return words
 
 
 def check_no_flags(engine: EngineConfig) -> None:

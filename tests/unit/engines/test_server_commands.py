@@ -168,6 +168,13 @@ def test_an_embedded_server_gets_its_flags_and_token():
     assert made.environ == {"A": "b", "QWENCH_TOKEN": "secret"} and made.start_timeout_s == 9.0
 
 
+def test_an_embedded_server_reads_no_weights_that_a_publication_replaces():
+    adapter = AdapterConfig(rank=8, alpha=16.0, use_rslora=False, targets=("q_proj",))
+    for changes, waits in (({}, True), ({"serves_checkpoint": True}, False), ({"adapter": adapter}, False)):
+        made = embedded_command(order(**changes), index=0, gpu_ids=(), environ={})
+        assert ("--wait-for-weights" in made.argv) == waits
+
+
 def test_an_embedded_server_gets_all_gpus_of_its_engine():
     order = server_order(Path("m"), Path("logs"), engine_sizes=(2, 2))
     made = embedded_command(order, index=1, gpu_ids=(2, 3), environ={})

@@ -315,6 +315,11 @@ class LeadingWeights(WeightStore):
         super().__init__(model, settings.resolved_dtype, fp8=False, device=device, shard=followers.shard)
         self._followers = followers
 
+    def reserve(self) -> None:
+        """See `WeightStore.reserve`."""
+        self._followers.tell("weights", "reserve")
+        super().reserve()
+
     def begin(self) -> None:
         """See `WeightStore.begin`."""
         self._followers.tell("weights", "begin")

@@ -79,6 +79,8 @@ class WeightStore:
         self._received_head = False
         self._expected = Portion(version=0, index=0, final=False)
         self.ready = False
+        self.awaited = False
+        """There is memory, and nothing has come in yet; see `reserve`."""
         self.layout = 0
         """Counts moves of the tensors in memory. A decoder that was bound before the last move must bind again."""
 
@@ -98,9 +100,14 @@ class WeightStore:
         self._owned, self._is_whole, self.ready = True, False, False
         self.layout += 1
 
+    def reserve(self) -> None:
+        """Take memory for weights that a publication will bring, so that nothing else takes it."""
+        self.allocate()
+        self.awaited = True
+
     def drop(self) -> None:
         """Free own memory, or drop the references to aliased tensors."""
-        self._tensors, self._owned, self._is_whole, self.ready = {}, False, False, False
+        self._tensors, self._owned, self._is_whole, self.ready, self.awaited = {}, False, False, False, False
         self.layout += 1
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
@@ -183,7 +190,7 @@ class WeightStore:
         if not self._owned:
             # Never write into aliased tensors: they are the trainer's.
             self.allocate()
-        self._is_whole = self.ready = False
+        self._is_whole = self.ready = self.awaited = False
         parts = [self._shard.cut(name, tensor.detach()) for name, tensor in wanted]
         copy_all([self._tensors[name] for name, _ in wanted], parts)
         self._received |= {name for name, _ in wanted}

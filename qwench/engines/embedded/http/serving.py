@@ -45,6 +45,7 @@ def serve(
     token: str | None = None,
     adapters: Mapping[str, Path] = MappingProxyType({}),
     check_base: AdapterCheck = any_base,
+    waits_for_weights: bool = False,
 ) -> None:
     """Load a checkpoint and serve it until interrupted.
 
@@ -56,6 +57,7 @@ def serve(
         token: what clients must show to change weights or memory. None or empty: every client may.
         adapters: PEFT folders by the names that requests give.
         check_base: of adapters that clients load.
+        waits_for_weights: load none; see `EmbeddedEngine.from_checkpoint`.
 
     Raises:
         ConfigError: a model this engine cannot run, or an adapter of another model.
@@ -65,7 +67,7 @@ def serve(
     if host not in _LOOPBACK_HOSTS and token is None:
         raise EngineError(f"--host {host} lets other machines change this engine's weights; set a token too.")
     check_port_is_free("the server", host, port, flag="--port")
-    engine = EmbeddedEngine.from_checkpoint(checkpoint, settings)
+    engine = EmbeddedEngine.from_checkpoint(checkpoint, settings, waits_for_weights=waits_for_weights)
     loopback_only = host in _LOOPBACK_HOSTS
     server = EngineServer(
         engine,

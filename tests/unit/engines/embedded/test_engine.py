@@ -9,6 +9,7 @@ from itertools import takewhile
 import pytest
 import torch
 
+from qwench.engines.embedded import engine as engine_module
 from qwench.engines.embedded.compute import runner, sampler
 from qwench.engines.embedded.compute.kv_memory import KVCache
 from qwench.engines.embedded.engine import EmbeddedEngine
@@ -121,6 +122,32 @@ def test_engine_without_weights_refuses_requests():
             await generate_all(engine, [ask("r", [5])])
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_an_engine_that_waits_for_weights_reads_none_and_is_healthy(tmp_path, num_devices, monkeypatch):
+    model, request = make_model("qwen3"), ask("r", prompt_of(6), max_new_tokens=4, temperature=0.0, ignore_eos=True)
+    model.save_pretrained(tmp_path)
+    build_small_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(engine_module, "read_folder", None)
+
+    async def scenario():
+        engine = EmbeddedEngine.from_checkpoint(
+            tmp_path, settings_of(kv_cache_tokens=2048, num_devices=num_devices), waits_for_weights=True
+        )
+        assert await engine.health()
+        with pytest.raises(EngineError, match="has no weights"):
+            await engine.generate(request)
+        await engine.sleep([MemoryTag.WEIGHTS])
+        assert not await engine.health()
+        await engine.update_weights([list(model.state_dict().items())], version=3)
+        result = await engine.generate(request)
+        assert await engine.health() and result.weight_versions == [3] * 4
+        await engine.close()
+        return result
+
+    result = asyncio.run(scenario())
+    assert max(abs(reference_log_probs(model, request, result) - torch.tensor(result.log_probs))) < 1e-4
 
 
 def test_weights_that_are_adopted_have_their_version_and_none_of_the_prefixes_of_those_before():
