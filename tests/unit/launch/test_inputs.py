@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.config import Config
+from qwench.config.plan import plan_run
+from qwench.config.sections.data import DataConfig
+from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.model import ModelConfig
+from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.training import TrainingConfig
+from qwench.data.prompts import LoadedPrompts
 from qwench.errors import ConfigError
+from qwench.launch import inputs as inputs_module
 from qwench.launch.inputs import (
     Inputs,
     local_device,
@@ -24,7 +33,9 @@ from qwench.launch.inputs import (
     read_training_prompts,
 )
 from qwench.launch.trainer import make_memory_probe
+from qwench.samples import Prompt
 from tests.contract.engine_hosts import make_model
+from tests.unit.config.architectures import QWEN3_4B
 from tests.unit.launch.test_generation import eval_settings
 from tests.unit.launch.test_rewards_of_a_teacher import inputs_of
 
@@ -177,3 +188,145 @@ def test_fewer_rows_than_a_rollout_takes_are_said(tmp_path: Path, caplog: pytest
         "--prompt-data has 2 prompts for --rollout-batch-size 3: a rollout has some more than once",
         "--prompt-data has 1 conversation for --rollout-batch-size 3: a rollout has some more than once",
     ]
+
+
+DATA = DataConfig(
+    prompt_data="rows", input_key="i", label_key="l", metadata_key="m", tool_key="t", apply_chat_template=True,
+    apply_chat_template_kwargs={"enable_thinking": False}, rollout_max_prompt_len=9, curriculum_key="c",
+    curriculum_band=(0.2, 0.8),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("own", [{}, {"custom_generate_function_path": "a.b"}, {"rollout_function_path": "a.b"}])
+def test_rows_are_read_by_the_columns_of_their_flags(own: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[object] = []
+    found = LoadedPrompts(prompts=[Prompt(text="p", token_ids=(1,))], num_dropped=0)
+    monkeypatch.setattr(inputs_module, "load_prompts", lambda path, **options: read.append((path, options)) or found)
+    config = Config(
+        data=DATA, rollout=RolloutConfig(rollout_batch_size=2, **own),
+        reward=RewardConfig(rm_type="math"),
+    )  # fmt: skip
+    inputs = of_plan(config)
+    assert read_training_prompts(inputs) is found
+    columns = {"input_key": "i", "label_key": "l", "metadata_key": "m", "tool_key": "t"}
+    options = {
+        "tokenizer": inputs.tokenizer,
+        "apply_chat_template": True,
+        "apply_chat_template_kwargs": {"enable_thinking": False},
+    }
+    limits = {"max_prompt_len": 9, "pass_rate_key": "c", "require_label": True, "as_given": bool(own)}
+    assert read == [("rows", {**columns, **options, **limits})]
+    read.clear()
+    sets = (
+        eval_settings(name="one", path="a", input_key="1", label_key="2", metadata_key="3", tool_key="4", max_prompt_len=5),
+        eval_settings(
+            name="two", path="b", custom_generate_function_path="a.b", rm_type="random", metadata_overrides={"x": 1}
+        ),
+    )  # fmt: skip
+    evaluated = read_eval_prompts(replace(inputs, plan=replace(inputs.plan, eval_sets=sets)))
+    (one, given), (two, others) = read
+    assert (one, two, [*evaluated]) == ("a", "b", ["one", "two"])
+    columns = {"input_key": "1", "label_key": "2", "metadata_key": "3", "tool_key": "4"}
+    assert given == {**columns, **options, "max_prompt_len": 5, "require_label": True, "as_given": bool(own)} | {
+        "key_flags": config.evaluation.key_flags
+    }
+    assert (others["as_given"], others["require_label"]) == (True, False), "a set with its own reward needs no label"
+
+
+def of_plan(config: Config) -> Inputs:
+    return replace(inputs_of(rm_type="math"), config=config, plan=plan_run(config, QWEN3_4B))
+
+
+@pytest.mark.parametrize(
+    ("sections", "trains", "expected"),
+    [
+        ({}, True, False),
+        ({"engine": EngineConfig(rollout_engine="sglang")}, False, True),
+        (
+            {"engine": EngineConfig(rollout_engine="sglang", rollout_external_engine_addrs=("10.0.0.1:80",))},
+            True,
+            False,
+        ),
+        ({"training": TrainingConfig(train_backend="megatron")}, True, True),
+        ({"training": TrainingConfig(train_backend="megatron")}, False, False),
+        ({"model": ModelConfig(attn_implementation="varlen")}, True, True),
+        ({"model": ModelConfig(attn_implementation="varlen")}, False, False),
+    ],
+)
+def test_what_only_gpus_run_is_planned_for_gpus_by_a_dry_run_alone(
+    sections: dict[str, object], trains: bool, expected: bool
+) -> None:
+    for dry in (True, False):
+        config = Config(debug=DebugConfig(dry_run=dry), **sections)
+        assert inputs_module.plans_what_only_gpus_run(config, trains=trains) is (expected and dry)
+
+
+def test_a_stop_token_outside_the_vocabulary_is_refused_with_its_flag() -> None:
+    for token, fits in ((0, True), (151_935, True), (151_936, False), (-1, False)):
+        config = Config(rollout=RolloutConfig(rollout_batch_size=2, rollout_stop_token_ids=(1, token)))
+        plan = plan_run(config, QWEN3_4B)
+        other = replace(plan, eval_sets=(eval_settings(name="a", stop_token_ids=(token,)),))
+        if fits:
+            inputs_module._check_stop_tokens(config, other)
+            continue
+        ids = r"is no token of the model, whose ids are 0 to 151935\.$"
+        with pytest.raises(ConfigError, match=f"^--rollout-stop-token-ids: {token} {ids}"):
+            inputs_module._check_stop_tokens(config, plan)
+        with pytest.raises(ConfigError, match=f"^stop_token_ids of evaluation set a: {token} {ids}"):
+            inputs_module._check_stop_tokens(Config(), other)
+
+
+@pytest.mark.parametrize(
+    ("asked", "context", "pool", "kind", "expected"),
+    [
+        (None, None, None, "embedded", 40_959),
+        (7, None, None, "embedded", 7),
+        (7, 7, None, "embedded", 6),
+        (None, 99, 50, "embedded", 49),
+        (None, 99, 50, "sglang", 98),
+        (50_000, None, None, "embedded", 40_959),
+    ],
+)
+def test_a_prompt_leaves_room_for_one_token(
+    asked: int | None, context: int | None, pool: int | None, kind: str, expected: int
+) -> None:
+    config = Config(
+        rollout=RolloutConfig(rollout_batch_size=2, rollout_max_context_len=context),
+        engine=EngineConfig(rollout_engine=kind, embedded_kv_cache_tokens=pool if kind == "embedded" else None),
+    )
+    assert inputs_module.prompt_limit(of_plan(config), asked) == expected
+
+
+@pytest.mark.parametrize(("rank", "threads"), [("0", None), ("2", "3")])
+def test_the_small_files_and_this_machine_are_read_before_anything_is_loaded(
+    rank: str, threads: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[object] = []
+    tokenizer = SimpleNamespace()
+    monkeypatch.setattr(inputs_module, "load_tokenizer", lambda *given, **options: said.append((given, options)) or tokenizer)
+    monkeypatch.setattr(inputs_module, "check_vocabulary", lambda *given: said.append(given))
+    monkeypatch.setattr(inputs_module, "load_hf_config", lambda folder: ("config of", folder))
+    monkeypatch.setattr(inputs_module, "open_console", lambda: "console")
+    monkeypatch.setattr(inputs_module, "usable_cores", lambda: 5)
+    monkeypatch.setattr(torch, "set_num_threads", said.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    template = Path("chat.jinja")
+    config = Config(
+        model=ModelConfig(hf_checkpoint=Path("model")), data=DataConfig(chat_template_path=template, apply_chat_template=True),
+        rollout=RolloutConfig(rollout_batch_size=2),
+    )  # fmt: skip
+    plan = plan_run(config, QWEN3_4B)
+    inputs = inputs_module.read_inputs(config, plan)
+    read = [((Path("model"),), {"chat_template": template}), (Path("model"), tokenizer, QWEN3_4B)]
+    assert said == ([5] if threads is None else []) + read
+    assert (inputs.config, inputs.plan, inputs.model_folder) == (config, plan, Path("model"))
+    assert (inputs.hf_config, inputs.tokenizer, inputs.rank) == (("config of", Path("model")), tokenizer, int(rank))
+    assert (inputs.device, inputs.dtype) == (torch.device("cpu"), torch.float32)
+    assert inputs.console == "console" if rank == "0" else isinstance(inputs.console, inputs_module.QuietConsole)
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(ConfigError, match=r"^the environment variable RANK is 'first', which is no number; unset it\.$"):
+        inputs_module.read_inputs(config, plan)
