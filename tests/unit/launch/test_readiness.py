@@ -1,6 +1,7 @@
 """What a start checks, on this machine and where the run's devices are elsewhere."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,14 +10,16 @@ import torch
 from qwench.config.config import Config
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.debug import DebugConfig, ProfilingConfig
+from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.training import TrainingConfig
-from qwench.errors import ConfigError
+from qwench.errors import CheckpointError, ConfigError
 from qwench.launch import readiness
 from qwench.launch.inputs import Inputs
+from tests.unit.config.architectures import QWEN3_4B
 from tests.unit.launch.test_placement import inputs_of
 
 TWO_RANKS = ClusterConfig(actor_num_gpus_per_node=2)
@@ -141,3 +144,30 @@ def test_the_memory_of_a_gpu_is_not_recorded_where_there_is_none(calls: list[tup
         readiness.check_ready(inputs)
     readiness.check_ready(replace(inputs, device=torch.device("cuda")))
     assert calls
+
+
+def test_a_teacher_computes_as_the_policy_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+    monkeypatch.setattr(readiness, "open_weights", lambda *given: opened.append(given))
+    monkeypatch.setattr(readiness, "load_hf_config", lambda folder: opened.append(folder))
+    distillation = DistillationConfig(use_opd=True, opd_type="megatron", opd_teacher_load=tmp_path)
+    inputs = of(distillation=distillation)
+    readiness._check_teacher(inputs)
+    assert opened == [(tmp_path, QWEN3_4B)], "a checkpoint of a run has no config.json"
+    (tmp_path / "config.json").touch()
+    other = replace(QWEN3_4B, max_position_embeddings=9, model_type="qwen2")
+    monkeypatch.setattr(readiness, "architecture_of", lambda config: other)
+    readiness._check_teacher(inputs)
+    assert opened[-1] == tmp_path
+    other = replace(other, norm_eps=1e-5, qk_norm=False)
+    with pytest.raises(
+        ConfigError, match=rf"^--opd-teacher-load: {tmp_path} computes otherwise than .* \(norm_eps, qk_norm\),"
+    ):
+        readiness._check_teacher(inputs)
+
+    def damaged(*given: object) -> None:
+        raise CheckpointError("is cut short")
+
+    monkeypatch.setattr(readiness, "open_weights", damaged)
+    with pytest.raises(ConfigError, match=r"^--opd-teacher-load: is cut short$"):
+        readiness._check_teacher(inputs)
