@@ -1,4 +1,4 @@
-"""The memory of the KV cache, which sleeps and wakes."""
+"""The memory of the KV cache, which sleeps and wakes, and room for it: the engine takes it past torch's allocator."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from torch import Tensor
 from qwench.engines.embedded.compute.mapped_memory import MappedMemory
 from qwench.models.architecture import Architecture
 from qwench.models.memory import kv_bytes_per_token
+
+RESERVE_BYTES = 2 << 30
+"""Device memory that is left free for libraries and kernels, which cannot take what torch caches."""
+
+
+def make_room(num_bytes: int, device: torch.device) -> None:
+    """Give back what torch caches on a GPU, if `num_bytes` and the reserve are not free otherwise."""
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < num_bytes + RESERVE_BYTES:
+        torch.cuda.empty_cache()
 
 
 class KVCache:

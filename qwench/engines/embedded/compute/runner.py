@@ -16,9 +16,8 @@ from qwench.engines.embedded.compute.adapters import RowAdapters
 from qwench.engines.embedded.compute.batch import PackedStep, to_device
 from qwench.engines.embedded.compute.decode_work import IntArray
 from qwench.engines.embedded.compute.decoder import Decoder
-from qwench.engines.embedded.compute.device_memory import make_room
 from qwench.engines.embedded.compute.graphs import Bucket
-from qwench.engines.embedded.compute.kv_memory import KVCache, page_bytes
+from qwench.engines.embedded.compute.kv_memory import KVCache, make_room, page_bytes
 from qwench.engines.embedded.compute.model import DecoderModel
 from qwench.engines.embedded.compute.ranks import RankGroup
 from qwench.engines.embedded.compute.sampler import Draws, draw_limited

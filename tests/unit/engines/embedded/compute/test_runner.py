@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwench.config.sections.engine import EngineConfig
-from qwench.engines.embedded.compute import device_memory, runner
+from qwench.engines.embedded.compute import kv_memory, runner
 from qwench.engines.embedded.compute.runner import Runner
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.errors import EngineError
@@ -89,7 +89,7 @@ def test_the_cache_is_emptied_where_memory_and_a_reserve_of_2_gib_are_not_free(m
     calls = list[str]()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 10 * GIB))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
-    device_memory.make_room(int(num_bytes * GIB), torch.device(device))
+    kv_memory.make_room(int(num_bytes * GIB), torch.device(device))
     assert calls == ["empty"] * emptied
 
 
