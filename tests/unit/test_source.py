@@ -92,3 +92,17 @@ def test_lists_that_go_together_are_of_one_length():
 @pytest.mark.parametrize("name", ["read_text", "write_text"])
 def test_text_files_have_one_encoding_on_every_machine(name):
     assert [one for found in calls(name).values() for one in found if "encoding=" not in one] == []
+
+
+def test_the_architecture_names_every_thread():
+    """Its tables of who runs where begin each row with the name that a debugger shows."""
+    page = (ROOT / "docs/architecture.md").read_text("utf-8")
+    tables = page[page.index("## Who runs where") : page.index("## Contracts")]
+    shown = {
+        name
+        for row in re.findall(r"^\| (.*?) \|", tables, re.MULTILINE)
+        for name in re.findall(r"`([a-z][a-z -]*)(?: \.\.\.)?`", row)
+    }
+    named = re.compile(r"""(?:\bdaemon\(|EventLoopThread\(|\bname: str ?= ?|thread_name_prefix=|threads=)f?["']([a-z -]+)""")
+    found = {name.strip() for source in SOURCES.values() for name in named.findall(source)}
+    assert shown == found - {"qwench"}, "qwench is the name of an experiment"
