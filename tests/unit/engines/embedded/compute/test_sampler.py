@@ -161,6 +161,10 @@ def test_draws_are_packed_by_columns_with_rows_that_draw_for_the_scratch_row():
     assert packed[:6].view(np.float64).tolist() == [0.25, 0.75, 0.0]
     assert packed[6:9].view(np.float32).tolist() == [0.5, 2.0, 1.0]
     assert packed[9:].tolist() == [4, 3, 9]
+    seen = DrawInputs.view(torch.from_numpy(packed), 3)
+    assert (seen.uniforms.tolist(), seen.temperature.tolist(), seen.rows.tolist()) == (
+        [0.25, 0.75, 0.0], [0.5, 2.0, 1.0], [4, 3, 9],
+    )  # fmt: skip
 
 
 def test_draws_follow_the_distribution():
