@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwench.engines.embedded.compute.sampler import CDF_BLOCK, Draws, SamplingRows, inverse_cdf, sample, truncate
+from qwench.engines.embedded.compute.sampler import CDF_BLOCK, DrawInputs, Draws, SamplingRows, inverse_cdf, sample, truncate
 from qwench.engines.embedded.scheduling.uniform import uniform
 
 MASK = 2**64 - 1

@@ -110,6 +110,8 @@ def test_what_cannot_be_aliased_or_did_not_arrive_is_named():
             match=f"^{missing} of {len(names)} weights did not arrive: {re.escape(listed)}; publish all of them",
         ):
             held.load([list(weights.items())[missing:]])
+        with pytest.raises(WeightSyncError, match=f"^{missing} of {len(names)} weights did not arrive: "):
+            held.adopt(dict(list(weights.items())[missing:]))
         assert not held.ready
 
 
