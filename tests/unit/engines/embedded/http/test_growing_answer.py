@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
-from qwench.engines.embedded.http.growing_answer import GrowingText
+from qwench.engines.embedded.http.growing_answer import GrowingAnswer, GrowingText
+from qwench.engines.protocol import FinishReason, GenerateRequest, GenerateResult, SamplingParams
+from qwench.errors import EngineError
 from qwench.models.built_tokenizers import build_small_tokenizer
 
 TOKENIZER = build_small_tokenizer()
@@ -35,6 +41,37 @@ def test_special_tokens_are_no_text():
 )
 def test_what_may_begin_a_stop_string_is_held_back(stop, expected):
     assert growth("abcxc", stop=stop) == expected
+
+
+def test_an_answer_tells_what_is_new_and_its_end_once() -> None:
+    ids = TOKENIZER("abx")["input_ids"]
+    request = GenerateRequest(request_id="r", input_ids=[1], sampling=SamplingParams(max_new_tokens=9, stop=("x",)))
+    made = GenerateResult(
+        request_id="r", output_ids=ids, log_probs=[-1.0] * 3, finish_reason=FinishReason.STOP, matched="x",
+        weight_versions=[0] * 3, text="abx",
+    )  # fmt: skip
+    for no_stop_trim, text in ((False, "ab"), (True, "abx")):
+        running = SimpleNamespace(request=request, num_output=0, future=Future())
+        running.so_far = lambda running=running: replace(made, output_ids=ids[: running.num_output], text="")
+        growing = GrowingAnswer(running, TOKENIZER, no_stop_trim=no_stop_trim)
+        assert growing.advance() is None
+        for count, so_far in ((1, "a"), (2, "ab")):
+            running.num_output = count
+            assert growing.advance().text == so_far
+            assert growing.advance() is None and not growing.ended
+        running.future.set_result(made)
+        assert growing.advance() == replace(made, text=text) and growing.ended
+        assert growing.advance() is None
+
+
+def test_an_answer_that_failed_raises_its_error_once() -> None:
+    request = GenerateRequest(request_id="r", input_ids=[1], sampling=SamplingParams(max_new_tokens=9))
+    running = SimpleNamespace(request=request, num_output=0, future=Future())
+    growing = GrowingAnswer(running, None, no_stop_trim=False)
+    running.future.set_exception(EngineError("no memory"))
+    with pytest.raises(EngineError, match="no memory"):
+        growing.advance()
+    assert growing.ended and growing.advance() is None
 
 
 def test_without_a_tokenizer_there_is_no_text():
