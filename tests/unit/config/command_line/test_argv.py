@@ -1,6 +1,6 @@
 import pytest
 
-from qwench.config.command_line.argv import Given, Occurrence, custom_settings, read_yaml, sort_flags, split_words
+from qwench.config.command_line.argv import Given, Occurrence, custom_settings, overridden, read_yaml, sort_flags, split_words
 from qwench.config.command_line.flags import flag_table
 from qwench.config.config import Config
 from qwench.config.sections.verbs import MakeModelConfig
@@ -30,6 +30,74 @@ def test_a_word_before_the_first_flag_is_refused():
 def test_the_last_of_repeated_flags_wins_also_between_a_switch_and_its_negation():
     given = sort("--lr", "1", "--colocate", "--lr=2", "--no-colocate", "--rollout-stop", "a", "b", "--rollout_stop", "c")
     assert given.flags == {"lr": 2.0, "colocate": False, "rollout-stop": ("c",)}
+
+
+def test_a_value_that_a_later_one_overrides_is_told_once():
+    words = ["--lr", "1", "--lr", "1", "--top-k-of-others", "3", "--lr", "2", "--lr", "3", "--colocate", "--no-colocate"]
+    assert overridden(split_words([*words, "--update-weight-delta-dir", "a", "--update-weight-disk-dir", "b"]), TABLE) == [
+        "lr 1 (a later --lr counts)",
+        "lr 2 (a later --lr counts)",
+        "colocate true (a later --colocate counts)",
+        "update-weight-disk-dir a (a later --update-weight-disk-dir counts)",
+    ]
+
+
+OTHER_NAMES = """
+dp-replicate-size dp-replicate
+fsdp-cpu-offload optimizer-cpu-offload
+load-forge-rollout-data load-debug-rollout-data
+rollout-num-gpus-per-node num-gpus-per-node
+update-rollout-weights-interval update-weights-interval
+update-weight-delta-dir update-weight-disk-dir
+update-weight-delta-keep-files update-weight-disk-keep-files
+over-sampling-filter-input-size over-sampling-batch-size
+sampling-batch-size over-sampling-batch-size
+enable-off-policy-correction use-tis
+off-policy-correction-clip-threshold tis-clip
+tis-upper-bound tis-clip
+disable-rollout-trim-samples allow-partial-train-step
+balance-by-flops balance-data
+profile use-pytorch-profiler
+use-checkpoint-lr-scheduler use-checkpoint-opt-param-scheduler
+decoder-num-layers num-layers
+sglang-router-policy router-policy
+sglang-router-port router-port
+sglang-router-request-timeout-secs router-request-timeout-secs
+"""
+OTHER_VALUES = """
+chat-template-path autofix chat-template-path None
+attn-implementation triton attn-implementation varlen
+update-weight-transfer-mode disk-delta update-weight-transport disk
+true-on-policy-contract qwen3_dense_true_on_policy_v1 true-on-policy-mode true
+sglang-true-on-policy-contract qwen3_dense_true_on_policy_v1 true-on-policy-mode true
+use-session-server v1 use-session-server true
+ft-components rollout use-fault-tolerance true
+rollout-function-path slime.rollout.fully_async_rollout.generate_rollout_fully_async fully-async true
+rollout-function-path miles.rollout.fully_async_rollout.generate_rollout_fully_async fully-async true
+rollout-function-path miles.rollout.fully_async_rollout.FullyAsyncRolloutFn fully-async true
+custom-tis-function-path slime.backends.megatron_utils.loss.icepop_function tis-mode icepop
+custom-tis-function-path miles.backends.training_utils.loss_hub.corrections.icepop_function tis-mode icepop
+"""
+
+
+@pytest.mark.parametrize("row", [row.split() for row in OTHER_NAMES.split("\n") if row])
+def test_another_name_of_a_flag_is_ours(row):
+    theirs, ours = row
+    flag = TABLE.get(ours)
+    values = [] if flag is not None and flag.is_switch else ["1"]
+    assert sort(f"--{theirs}", *values) == sort(f"--{ours}", *values)
+
+
+@pytest.mark.parametrize("row", [row.split() for row in OTHER_VALUES.split("\n") if row])
+def test_another_value_of_a_flag_is_ours(row):
+    flag, value, *ours = row
+    assert sort(f"--{flag}", value).flags == sort(f"--{ours[0]}", *ours[1:]).flags != {}
+
+
+def test_a_file_of_an_evaluation_set_without_a_name_is_that_of_aime():
+    for file in ("a.jsonl", "a.jsonl@[:2]"):
+        assert sort("--eval-prompt-data", file).flags == {"eval-prompt-data": ("aime", file)}
+    assert sort("--eval-prompt-data", "b", "a.jsonl").flags == {"eval-prompt-data": ("b", "a.jsonl")}
 
 
 @pytest.mark.parametrize("flag", ["config", "custom-config-path"])
