@@ -44,6 +44,15 @@ def test_a_change_is_noticed_where_a_test_fails(text: str, passes: bool, tmp_pat
     assert result.failed.rpartition("::")[2] == ("test_it" if "assert" in text else "")
 
 
+def test_a_recorded_test_that_is_gone_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("test_it.py").write_text(f"{PASSING}\n{FAILING.replace('test_it', 'test_other')}")
+    gone, it, other = (f"test_it.py::test_{name}" for name in ("gone", "it", "other"))
+    for tests, failed in (([gone, it], ""), ([gone, other], other), ([gone], ""), (["test_gone.py::test_it", other], other)):
+        result = mutations.outcome(tests, 60.0)
+        assert (result.passed, result.failed) == (not failed, failed)
+
+
 def test_the_changes_of_a_module_each_change_one_thing() -> None:
     changes = [mutant_of(SOURCE, place) for place in places_of(SOURCE)]
     said = [(change.line, change.before.strip(), change.after.strip()) for change in changes]
