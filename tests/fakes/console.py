@@ -21,7 +21,7 @@ class RecordingProgress:
     def __init__(self, description: str, total: int) -> None:
         self.description, self.total, self.steps = description, total, list[int]()
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: int = 1) -> None:
         self.steps.append(count)
 
 

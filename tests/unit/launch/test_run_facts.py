@@ -18,6 +18,7 @@ from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.critic import CriticConfig
+from qwench.config.sections.data import DataConfig
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.lora import LoraConfig
@@ -189,3 +190,26 @@ def test_length_and_devices_are_said_in_the_numbers_of_the_run():
     assert run_facts._devices(replace(two, plan=replace(two.plan, devices=critic))) == (
         threads + "2 trainer ranks (fsdp), and 3 critic ranks beside them"
     )
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({}, []),
+        ({"checkpoint": CheckpointConfig()}, ["nothing is saved: the weights are lost when the run ends; give --save FOLDER"]),
+        ({"checkpoint": CheckpointConfig(), "debug": DebugConfig(debug_rollout_only=True)}, []),
+        (
+            {"data": {"chat_template_path": Path("a")}},
+            ["--chat-template-path renders no prompts: --apply-chat-template is"],
+        ),
+        ({"data": {"chat_template_path": Path("a"), "apply_chat_template": True}}, []),
+        ({"data": {"chat_template_path": Path("a")}, "algorithm": AlgorithmConfig(loss_type="sft_loss")}, []),
+        ({"data": {"apply_chat_template": True}}, []),
+        ({"algorithm": AlgorithmConfig(keep_old_actor=True)}, ["--keep-old-actor has no effect: the weights that sample are"]),
+    ],
+)
+def test_flags_without_an_effect_are_said_at_the_start(sections, expected, caplog):
+    given = {"checkpoint": CheckpointConfig(save=Path("run")), **sections, "data": DataConfig(**sections.get("data", {}))}
+    inputs = inputs_of(Config(rollout=RolloutConfig(rollout_batch_size=8, num_rollout=3), **given))
+    start_report(inputs, "9 rows")
+    assert [message[: len(start)] for message, start in zip(caplog.messages, expected, strict=True)] == expected

@@ -39,10 +39,10 @@ def test_a_server_of_the_embedded_engine_has_the_flags_of_its_verb(monkeypatch: 
         sizes=replace(config.engine, embedded_max_running_requests=1), dtype=torch.float32, fp8=True, device="cpu", seed=42,
         inline=True, prefix_cache=False,
     )  # fmt: skip
-    options = {"host": "0.0.0.0", "port": 5, "token": "secret", "adapters": {"x": ("x", Path("y"))}}
+    options = {"host": "0.0.0.0", "port": 5, "token": "secret", "adapters": {"x": ("x", Path("y"))}, "waits_for_weights": False}
     assert served == [(QWEN3_4B, tmp_path), ("info", "engine at port 5"), "model", settings, options]
-    engines.serve(replace(config, server=ServerConfig(num_gpus=2)))
-    assert served[-2].num_devices == 2 and not served[-2].inline
+    engines.serve(replace(config, server=ServerConfig(num_gpus=2, wait_for_weights=True)))
+    assert served[-2].num_devices == 2 and not served[-2].inline and served[-1]["waits_for_weights"] is True
 
 
 def test_a_served_adapter_is_checked_against_the_model_and_its_base(
