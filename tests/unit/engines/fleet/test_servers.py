@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from qwench.engines.fleet import servers
-from qwench.engines.fleet.servers import ServerCommand, ServerProcess, server_environ, tail, visible_devices
+from qwench.engines.fleet.servers import ServerCommand, ServerProcess, check_port_is_free, server_environ, tail, visible_devices
 from qwench.errors import EngineError
 from tests.deadlines import patient
 
@@ -136,8 +137,20 @@ def test_a_server_that_accepts_and_never_answers_is_given_up_at_its_deadline(tmp
 def test_a_port_that_is_taken_is_named(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(EngineError, match=rf"engine 0 cannot listen on 127\.0\.0\.1:{port}"):
+        said = rf"^engine 0 cannot listen on 127\.0\.0\.1:{port} \(Address already in use.*\); "
+        with pytest.raises(EngineError, match=f"{said}end what holds it"):
             ServerProcess(command(tmp_path, HEALTHY, port=port)).start()
+        with pytest.raises(EngineError, match=f"{said}choose another with --port"):
+            check_port_is_free("engine 0", "127.0.0.1", port, flag="--port")
+
+
+def test_a_server_that_is_not_running_or_cannot_be_asked_has_no_stacks(tmp_path):
+    server = ServerProcess(command(tmp_path, HEALTHY), placement="here")
+    assert (server.stacks(), server.process_group, server.placement) == ("(it is not running)", None, "here")
+    server._process = SimpleNamespace(pid=7)
+    assert (server.stacks(), server.process_group) == ("(it cannot be asked for them)", 7)
+    assert (repr(server), server.label) == ("ServerProcess(engine 0)", "engine 0")
+    assert server.last_output() == f"the end of {tmp_path / 'engine.log'}: (empty)"
 
 
 OWNER = """
@@ -179,7 +192,14 @@ def test_a_server_ends_with_a_tether_that_was_killed(tmp_path):
 
 
 def test_a_servers_environment_has_nothing_of_the_trainers_rank():
-    ours = {"PATH": "/bin", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "TORCHELASTIC_RUN_ID": "x"}
+    ours = {
+        "PATH": "/bin",
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "a",
+        "TORCHELASTIC_RUN_ID": "x",
+        "WANDB_API_KEY": "s",
+    }
     assert server_environ(ours, QWENCH_TOKEN="t") == {"PATH": "/bin", "QWENCH_TOKEN": "t"}
 
 
@@ -197,8 +217,10 @@ def test_gpus_are_counted_among_those_that_the_starter_sees(environ, gpu_ids, ex
 
 
 def test_a_gpu_that_is_not_there_is_refused():
-    with pytest.raises(EngineError, match="needs GPU 3"):
-        visible_devices([3], {"CUDA_VISIBLE_DEVICES": "0,1"})
+    with pytest.raises(
+        EngineError, match=r"^an engine needs GPU 2 of this machine, but CUDA_VISIBLE_DEVICES=0,1; ask for fewer"
+    ):
+        visible_devices([0, 2], {"CUDA_VISIBLE_DEVICES": "0,1"})
 
 
 def test_tail_is_the_end_of_a_file(tmp_path):
