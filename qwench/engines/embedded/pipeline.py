@@ -84,9 +84,11 @@ class StepPipeline:
         if scheduler.must_preempt():
             await self.drain()  # a request's tokens must be known before it is preempted
         plan = scheduler.plan()
-        await self._advance(scheduler, plan if plan.decodes or plan.prefills else None)
-        if not self._overlap:
-            await self.drain()
+        has_work = len(plan.decodes) + len(plan.prefills) > 0
+        if self._overlap:
+            await self._advance(scheduler, plan if has_work else None)
+        elif has_work:
+            await self._complete(scheduler, plan)
 
     async def drain(self) -> None:
         """Take the step in flight: then nothing runs, and all that was sampled is known."""
@@ -103,14 +105,29 @@ class StepPipeline:
             self._runner.close()
         self._worker.close()
 
+    async def _complete(self, scheduler: Scheduler, plan: StepPlan) -> None:
+        """Launch a step and take it: the worker is called once."""
+
+        def work() -> tuple[InFlight, Sampled]:
+            launched, _ = self._runner.advance(plan, scheduler.page_table, None)
+            assert launched is not None, "there is a plan"
+            return launched, self._runner.advance(None, scheduler.page_table, launched)[1]
+
+        launched, sampled = await self._worker.call(work)
+        self._commit(scheduler, launched)
+        self._take(scheduler, launched, sampled)
+
+    def _commit(self, scheduler: Scheduler, launched: InFlight) -> None:
+        scheduler.commit(launched.plan)
+        for running in launched.requests:
+            running.pending += 1
+
     async def _advance(self, scheduler: Scheduler, plan: StepPlan | None) -> None:
         before, self._in_flight = self._in_flight, None
         in_flight = None if before is None else before[1]
         launched, sampled = await self._worker.call(lambda: self._runner.advance(plan, scheduler.page_table, in_flight))
         if launched is not None:
-            scheduler.commit(launched.plan)
-            for running in launched.requests:
-                running.pending += 1
+            self._commit(scheduler, launched)
             self._in_flight = scheduler, launched
         if in_flight is not None:
             self._take(scheduler, in_flight, sampled)

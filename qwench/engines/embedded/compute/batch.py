@@ -110,6 +110,9 @@ class PackedStep:
         )
 
 
+_NOTHING = np.zeros(0, dtype=np.int32)
+
+
 class BatchBuilder:
     """Brings packed steps to one device."""
 
@@ -121,6 +124,8 @@ class BatchBuilder:
 
     def build(self, step: PackedStep, last_tokens: Tensor, *, with_rows: bool) -> StepBatch:
         """Make the batch of a step; on a GPU two transfers bring it there, and none is waited for."""
+        if step.is_decode_only:
+            return self._build_decodes(step, last_tokens, with_rows=with_rows)
         decodes, prefills = step.decodes, step.prefills
         counts = np.concatenate((decodes.counts, prefills.counts))
         starts = np.concatenate((decodes.starts, prefills.starts))
@@ -133,12 +138,28 @@ class BatchBuilder:
             token_ids=torch.cat((last_tokens[decoding], known)) if len(known) else last_tokens[decoding],
             positions=positions_,
             slots=slots_ if self._device.type == "cuda" else slots_.long(),
-            logit_tokens=None if step.is_decode_only else logit_tokens,
+            logit_tokens=logit_tokens,
             scored=list(zip(scored[::2], scored[1::2], strict=True)),
             decodes=decodes,
             prefills=prefills,
             work=self._work(decodes) if self._device.type == "cuda" and len(decodes.counts) > 0 else None,
             rows=to_device([np.repeat(step.rows, counts)], self._device)[0] if with_rows else None,
+        )
+
+    def _build_decodes(self, step: PackedStep, last_tokens: Tensor, *, with_rows: bool) -> StepBatch:
+        """Make the batch of a step without prefills, of which there are many: each row has one token, in the order of rows."""
+        decodes = step.decodes
+        rows, positions, slots = to_device([step.rows, decodes.starts, self.slots_of(decodes)], self._device)
+        return StepBatch(
+            token_ids=last_tokens[rows],
+            positions=positions,
+            slots=slots if self._device.type == "cuda" else slots.long(),
+            logit_tokens=None,
+            scored=(),
+            decodes=decodes,
+            prefills=step.prefills,
+            work=self._work(decodes) if self._device.type == "cuda" else None,
+            rows=rows if with_rows else None,
         )
 
     def pack_work(self, decodes: Chunks, num_rows: int) -> tuple[IntArray, WorkSize]:
@@ -172,6 +193,8 @@ def _decodes(plan: StepPlan, page_table: IntArray, page_size: int) -> Chunks:
 
 
 def _prefills(plan: StepPlan, page_table: IntArray, page_size: int) -> Chunks:
+    if not plan.prefills:
+        return Chunks(starts=_NOTHING, counts=_NOTHING, tables=page_table[:0, :1])
     rows = np.array([chunk.request.row for chunk in plan.prefills], dtype=np.int64)
     starts = np.array([chunk.start for chunk in plan.prefills], dtype=np.int32)
     counts = np.array([chunk.count for chunk in plan.prefills], dtype=np.int32)

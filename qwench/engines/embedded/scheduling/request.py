@@ -81,12 +81,13 @@ class RunningRequest:
     @property
     def num_sampled(self) -> int:
         """Return the number of response tokens, pending ones included."""
-        return self.num_output + self.pending
+        return len(self.tokens) - self.num_prompt + self.pending
 
     @property
     def is_full(self) -> bool:
         """Tell whether no more tokens are wanted than are sampled or pending."""
-        return self.num_sampled >= self.max_new_tokens
+        # Asked of every request several times a step, so no other property is.
+        return len(self.tokens) - self.num_prompt + self.pending >= self.max_new_tokens
 
     @property
     def output_ids(self) -> list[int]:
