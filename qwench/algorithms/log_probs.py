@@ -8,6 +8,7 @@ Logits of at most `chunk_tokens` positions are computed at a time. The backward 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -51,7 +52,7 @@ def token_log_probs(
     return outputs
 
 
-def head_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
+def head_logits(hidden: Tensor, head_weight: Tensor, *, product: Callable[..., Tensor] = linear) -> Tensor:
     """Return the logits [T, V] float32 of `hidden` [T, D] and `head_weight` [V, D], without a gradient.
 
     With CUDA the product of bfloat16 factors is stored as it was accumulated: rounding logits to bfloat16 alone moves log-probs
@@ -59,7 +60,7 @@ def head_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
     """
     if _accumulates(hidden):
         return torch.mm(hidden, head_weight.T, out_dtype=torch.float32)
-    return linear(hidden, head_weight).float()
+    return product(hidden, head_weight, None).float()
 
 
 def add_product(total: Tensor, grad_TN: Tensor, x_TK: Tensor) -> None:

@@ -61,6 +61,9 @@ class EngineConfig:
     embedded_mem_fraction: float = 0.8
     """Share of the GPU's memory that may be used once the embedded engine's KV cache exists (--sglang-mem-fraction-static sets
     it too)."""
+    embedded_native_kernels: bool = True
+    """Decode on a CPU with kernels in C++, which the embedded engine compiles once, in seconds, where g++ or clang++ is
+    installed. Without them it computes with PyTorch's operations."""
     sglang_server_concurrency: int = 512
     """Largest number of requests in flight per engine, for both kinds of engine."""
     sglang_enable_deterministic_inference: bool = False

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qwench.config.sections.engine import EngineConfig
+from qwench.models.decoder.native.library import DTYPES, library
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +41,12 @@ class EmbeddedSettings:
     def resolved_overlap(self) -> bool:
         """Tell whether a step is in flight while the next one is planned."""
         return self.overlap if self.overlap is not None else torch.device(self.device).type == "cuda"
+
+    @property
+    def resolved_native(self) -> bool:
+        """Tell whether the C++ kernels compute; the first call of a process may compile them."""
+        suits = torch.device(self.device).type == "cpu" and not self.batch_invariant and self.resolved_dtype in DTYPES
+        return suits and self.sizes.embedded_native_kernels and library() is not None
 
     @property
     def resolved_dtype(self) -> torch.dtype:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from qwench.models.decoder import invariant as tiled
 from qwench.models.decoder.products import linear
 from qwench.models.fp8 import BLOCK, dequantize, scale_name
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Of rows [T, K] with a matrix [N, K], and a bias [N] if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,14 +24,10 @@ class Matrix:
     bias: Tensor | None = None
     """[N]"""
 
-    def __call__(self, x: Tensor, *, invariant: bool = False) -> Tensor:
-        """Return x [T, K] times the matrix, transposed: [T, N] in the dtype of x.
-
-        Args:
-            invariant: a row has the same bits in every batch; of plain matrices alone.
-        """
+    def __call__(self, x: Tensor, *, product: Product = linear) -> Tensor:
+        """Return x [T, K] times the matrix, transposed: [T, N] in the dtype of x; `product` multiplies with a plain one."""
         if self.scale is None:
-            return (tiled.linear if invariant else linear)(x, self.weight, self.bias)
+            return product(x, self.weight, self.bias)
         y = fp8_linear(x, self.weight, self.scale)
         return y if self.bias is None else y + self.bias
 
@@ -37,14 +35,14 @@ class Matrix:
 class Projection:
     """Matrices with one input: `(q, k, v) = projection(x)`."""
 
-    def __init__(self, matrices: Sequence[Matrix], *, invariant: bool = False) -> None:
-        self._invariant = invariant
+    def __init__(self, matrices: Sequence[Matrix], *, product: Product = linear) -> None:
+        self._product = product
         self._sizes = tuple(matrix.weight.shape[0] for matrix in matrices)
         fused = _fuse(matrices)
         self._matrices = tuple(matrices) if fused is None else (fused,)
 
     @classmethod
-    def bind(cls, weights: Mapping[str, Tensor], prefix: str, *names: str, invariant: bool = False) -> Projection:
+    def bind(cls, weights: Mapping[str, Tensor], prefix: str, *names: str, product: Product = linear) -> Projection:
         """Bind to the weights `<prefix><name>.weight`, with their biases and scales if there are any."""
         return cls(
             [
@@ -55,15 +53,17 @@ class Projection:
                 )
                 for name in names
             ],
-            invariant=invariant,
+            product=product,
         )
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return x [T, K] times each matrix, in one product if they are fused."""
+        if len(self._sizes) == 1:
+            return (self._matrices[0](x, product=self._product),)
         if len(self._matrices) == 1:
-            parts: tuple[Tensor, ...] = self._matrices[0](x, invariant=self._invariant).split(self._sizes, dim=-1)
+            parts: tuple[Tensor, ...] = self._matrices[0](x, product=self._product).split(self._sizes, dim=-1)
             return parts
-        return tuple(matrix(x, invariant=self._invariant) for matrix in self._matrices)
+        return tuple(matrix(x, product=self._product) for matrix in self._matrices)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

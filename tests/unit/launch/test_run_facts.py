@@ -159,7 +159,8 @@ def test_adapters_of_another_base_are_merged_into_that_base(tmp_path):
         assert end_of(CheckpointConfig(save=save, ref_load=base), lora_rank=rank)["next"] == said
 
 
-def test_length_and_devices_are_said_in_the_numbers_of_the_run():
+def test_length_and_devices_are_said_in_the_numbers_of_the_run(monkeypatch):
+    monkeypatch.setattr(run_facts, "find_compiler", lambda: "/usr/bin/g++")
     rollout = RolloutConfig(rollout_batch_size=8, n_samples_per_prompt=4, num_rollout=3)
     made = facts_of(Config(rollout=rollout, training=TrainingConfig(global_batch_size=16)))
     assert made["length"] == "3 rollouts of 8 prompts x 4 responses, 2 steps each"
@@ -186,6 +187,11 @@ def test_length_and_devices_are_said_in_the_numbers_of_the_run():
     on_cpu = replace(two.plan.devices, on_gpus=False, trains=False)
     alone = replace(two, plan=replace(two.plan, devices=on_cpu))
     assert run_facts._devices(alone) == threads + "3 embedded engines of 2 processes"
+    monkeypatch.setattr(run_facts, "find_compiler", lambda: None)
+    missing = ", without the C++ kernels: neither g++ nor clang++ is installed"
+    assert run_facts._devices(alone) == threads + "3 embedded engines of 2 processes" + missing
+    unused = replace(alone.config, engine=replace(alone.config.engine, embedded_native_kernels=False))
+    assert run_facts._devices(replace(alone, config=unused)) == threads + "3 embedded engines of 2 processes"
     critic = replace(two.plan.devices, critic=(2, 1), generates=False)
     assert run_facts._devices(replace(two, plan=replace(two.plan, devices=critic))) == (
         threads + "2 trainer ranks (fsdp), and 3 critic ranks beside them"

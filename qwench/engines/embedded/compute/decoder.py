@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwench.engines.embedded.compute import sampler_native
 from qwench.engines.embedded.compute.adapters import RowAdapters
 from qwench.engines.embedded.compute.attention import Attention, InvariantAttention, TorchAttention
+from qwench.engines.embedded.compute.attention_native import NativeAttention
 from qwench.engines.embedded.compute.batch import BatchBuilder, Chunks, StepBatch, to_device
 from qwench.engines.embedded.compute.graphs import Bucket, DecodeGraphs, DecodeInputs, Drawn, Recorder
 from qwench.engines.embedded.compute.kv_memory import KVCache
@@ -59,6 +61,7 @@ class Decoder:
         self._model = model
         self._device = device
         self._scratch_row = len(last_tokens) - 1
+        self._native = settings.resolved_native
         self._attention = _make_attention(settings, device)
         if device.type == "cuda" and settings.cuda_graphs:
             record = Recorder(device)
@@ -98,18 +101,20 @@ class Decoder:
     def draw(self, logits_SV: Tensor, draws: Draws) -> Tensor:
         """Return tokens and log-probs [2, S] of requests whose support is not limited, and write `last_tokens`."""
         drawn = torch.empty((2, len(draws.rows)), dtype=torch.int32, device=self._device)
-        if self._device.type == "cuda" and len(draws.rows) > 0:
+        if self._native and len(draws.rows) > 0:
+            sampler_native.draw(logits_SV, draws, self.last_tokens, drawn)
+        elif self._device.type == "cuda" and len(draws.rows) > 0:
             packed = draws.packed(len(draws.rows), scratch_row=self._scratch_row)
             self._draw(logits_SV, DrawInputs.view(to_device([packed], self._device)[0], len(draws.rows)), drawn)
         return drawn
 
     def draw_limited(self, logits_SV: Tensor, draws: Draws, drawn: Tensor) -> None:
-        """Draw for the requests that `draw` has left out: those with a limited support, or on a CPU all."""
+        """Draw for the requests that `draw` has left out: those with a limited support, or with plain PyTorch all."""
         draw_limited(logits_SV, draws, self.limited(draws), self.last_tokens, drawn)
 
     def limited(self, draws: Draws) -> np.ndarray:
         """Return the indices of the requests that `draw_limited` draws for."""
-        return draws.limited if self._device.type == "cuda" else np.arange(len(draws.rows))
+        return draws.limited if self._native or self._device.type == "cuda" else np.arange(len(draws.rows))
 
     def _draw(self, logits_SV: Tensor, inputs: DrawInputs, drawn: Tensor) -> None:
         import qwench.engines.embedded.compute.sampler_triton as kernels  # noqa: PLC0415  # Triton comes with CUDA only
@@ -140,6 +145,8 @@ class Decoder:
 def _make_attention(settings: EmbeddedSettings, device: torch.device) -> Attention:
     if settings.batch_invariant:
         return InvariantAttention(settings.sizes.embedded_page_size, device)
+    if settings.resolved_native:
+        return NativeAttention(settings.sizes.embedded_page_size, settings.resolved_dtype)
     if device.type != "cuda":
         return TorchAttention(settings.sizes.embedded_page_size, settings.resolved_dtype, device)
     import qwench.engines.embedded.compute.attention_cuda as cuda  # noqa: PLC0415  # Triton comes with CUDA only

@@ -22,8 +22,12 @@ from qwench.engines.embedded.scheduling.scoring import score_rows
 from qwench.engines.protocol import Scoring
 from qwench.models.architecture import Architecture
 from qwench.models.decoder import elementwise
+from qwench.models.decoder import invariant as tiled
 from qwench.models.decoder.invariant import TILE, padded
-from qwench.models.decoder.linear import Projection
+from qwench.models.decoder.linear import Product, Projection
+from qwench.models.decoder.native import elementwise as native_elementwise
+from qwench.models.decoder.native import products as native_products
+from qwench.models.decoder.products import linear
 from qwench.models.decoder.rope import rope_table
 
 SCORED_AT_ONCE = 512
@@ -56,24 +60,26 @@ class DecoderModel:
         *,
         adapters: AdapterStore,
         invariant: bool,
+        native: bool,
         ranks: RankGroup | None,
     ) -> None:
         """Bind to `weights` by Hugging Face name, and to the adapters; their storage is used, not copied.
 
         Args:
             invariant: a token has the same bits in every batch.
+            native: compute with the C++ kernels.
             ranks: hold the other parts of the weights. None: these are all.
         """
         self._invariant = invariant
+        self._ops, self._product = _kernels_of(device, native=native, invariant=invariant)
         self._ranks = ranks
         self._architecture = architecture
         self._embedding = weights["model.embed_tokens.weight"]
         self._final_norm = weights["model.norm.weight"]
         self._head = self._embedding if architecture.tied_head else weights["lm_head.weight"]
         self._layers = [
-            _bind_layer(weights, adapters, f"model.layers.{index}.", invariant) for index in range(architecture.num_layers)
+            _bind_layer(weights, adapters, f"model.layers.{index}.", self._product) for index in range(architecture.num_layers)
         ]
-        self._ops = _elementwise_of(device)
         self._rope = rope_table(architecture.rope, architecture.max_positions, device).to(self._embedding.dtype)
 
     @property
@@ -144,7 +150,7 @@ class DecoderModel:
             x_TD, delta_TD = x_TD[tokens], None if delta_TD is None else delta_TD[tokens]
         _, normed = self._ops.add_rms_norm(x_TD, delta_TD, self._final_norm, self._architecture.norm_eps)
         if not self._invariant:
-            logits = head_logits(normed, self._head)
+            logits = head_logits(normed, self._head, product=self._product)
             return logits if self._ranks is None else self._ranks.gather_columns(logits)
         return torch.cat([head_logits(tile, self._head) for tile in padded(normed).split(TILE)])[: len(normed)]
 
@@ -165,17 +171,19 @@ class DecoderModel:
         return added
 
 
-def _elementwise_of(device: torch.device) -> ModuleType:
-    if device.type != "cuda":
-        return elementwise
-    import qwench.models.decoder.elementwise_triton as kernels  # noqa: PLC0415  # Triton comes with CUDA only
+def _kernels_of(device: torch.device, *, native: bool, invariant: bool) -> tuple[ModuleType, Product]:
+    """Return the element-wise operations, and the product with plain matrices."""
+    product = tiled.linear if invariant else linear
+    if device.type == "cuda":
+        import qwench.models.decoder.elementwise_triton as kernels  # noqa: PLC0415  # Triton comes with CUDA only
 
-    return kernels
+        return kernels, product
+    return (native_elementwise, native_products.linear) if native else (elementwise, product)
 
 
-def _bind_layer(weights: Mapping[str, Tensor], adapters: AdapterStore, prefix: str, invariant: bool) -> _Layer:
+def _bind_layer(weights: Mapping[str, Tensor], adapters: AdapterStore, prefix: str, product: Product) -> _Layer:
     def project(*names: str) -> AdaptedProjection:
-        base = Projection.bind(weights, prefix, *names, invariant=invariant)
+        base = Projection.bind(weights, prefix, *names, product=product)
         return AdaptedProjection(base, adapters.stack([prefix + name for name in names]))
 
     q_norm, k_norm = (weights.get(f"{prefix}self_attn.{name}.weight") for name in ("q_norm", "k_norm"))

@@ -262,6 +262,7 @@ class Runner:
                 self._device,
                 adapters=self._adapters,
                 invariant=self._settings.batch_invariant,
+                native=self._settings.resolved_native,
                 ranks=self._ranks,
             )
             self._decoder = Decoder(

@@ -335,7 +335,7 @@ def test_what_fails_for_every_request_of_a_step_ends_the_engine_with_its_reason(
     async def scenario():
         engine = make_engine(make_model("qwen3"))
         monkeypatch.setattr(sampler, "sample", sample)
-        requests = [ask(f"r{i}", prompt_of(4, seed=i), max_new_tokens=4) for i in range(2)]
+        requests = [ask(f"r{i}", prompt_of(4, seed=i), max_new_tokens=4, top_k=3) for i in range(2)]
         answers = await asyncio.gather(*(engine.generate(one) for one in requests), return_exceptions=True)
         healthy = await engine.health()
         with pytest.raises(EngineError, match="failed in a step: BrokenError: no kernel"):

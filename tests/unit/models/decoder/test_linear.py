@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwench.models.decoder.invariant import linear as tiled_linear
 from qwench.models.decoder.linear import Matrix, Projection
 
 COLUMNS = 200
@@ -72,6 +73,6 @@ def test_weights_are_bound_by_name_with_biases_and_scales_where_there_are_any():
     weights = {"l.q.weight": FP8[0], "l.q.weight_scale_inv": SCALES[0], "l.k.weight": PLAIN[0], "l.k.bias": BIASES[0]}
     x = torch.randn(2, COLUMNS)
     [q] = Projection.bind(weights, "l.", "q")(x)
-    [k] = Projection.bind(weights, "l.", "k", invariant=True)(x)
+    [k] = Projection.bind(weights, "l.", "k", product=tiled_linear)(x)
     assert torch.equal(q, Matrix(weight=FP8[0], scale=SCALES[0])(x))
     torch.testing.assert_close(k, x @ PLAIN[0].T + BIASES[0])

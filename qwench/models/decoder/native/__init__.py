@@ -1,0 +1,1 @@
+"""Kernels in C++ for a decoder on a CPU."""

@@ -1,0 +1,77 @@
+"""The library of C++ kernels: compiled once, and done without where it cannot be."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from ctypes import CDLL
+from pathlib import Path
+
+import pytest
+
+from qwench.engines.embedded.settings import EmbeddedSettings
+from qwench.models.decoder.native import library as module
+
+_make = module.library.__wrapped__
+"""Without the memory of an earlier call."""
+
+
+def _compiler(folder: Path, script: str) -> str:
+    path = folder / "broken++"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_without_a_compiler_there_is_no_library_and_one_line_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(module, "COMPILERS", ("no-such-compiler",))
+    with caplog.at_level(logging.INFO):
+        assert _make() is None
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert "no-such-compiler" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("exit 3", "exit status 3"), ('test "$1" = --version || { echo "no room" >&2; exit 1; }', "no room")],
+)
+def test_a_compiler_that_fails_is_quoted_and_pytorch_computes(monkeypatch, caplog, tmp_path, script, said):
+    monkeypatch.setattr(module, "COMPILERS", (_compiler(tmp_path, script),))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _make() is None
+    assert said in caplog.text
+
+
+@pytest.mark.skipif(module.library() is None, reason="needs a C++ compiler")
+def test_the_library_is_compiled_once_and_again_where_it_is_damaged_or_cannot_be_kept(monkeypatch, tmp_path):
+    compiled = []
+
+    def compile_library(compiler, sources, folder):
+        compiled.append([path.name for path in sources])
+        return shutil.copy(module.library()._name, folder / "kernels.so")
+
+    monkeypatch.setattr(module, "_compile", compile_library)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert isinstance(_make(), CDLL) and isinstance(_make(), CDLL)
+    assert compiled == [["attention.cpp", "draw.cpp", "elementwise.cpp", "products.cpp"]]
+    [kept] = (tmp_path / ".cache" / "qwench").iterdir()
+    damaged = tmp_path / "other" / ".cache" / "qwench" / kept.name
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"half")
+    monkeypatch.setenv("HOME", str(tmp_path / "other"))
+    assert isinstance(_make(), CDLL)
+    assert len(compiled) == 2
+    assert damaged.read_bytes() == kept.read_bytes() == Path(module.library()._name).read_bytes()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert isinstance(_make(), CDLL)
+    assert len(compiled) == 3
+
+
+def test_engines_on_gpus_in_other_dtypes_or_with_equal_bits_do_without(monkeypatch):
+    monkeypatch.setattr("qwench.engines.embedded.settings.library", lambda: object())
+    assert EmbeddedSettings().resolved_native
+    assert not EmbeddedSettings(device="cuda").resolved_native
+    assert not EmbeddedSettings(batch_invariant=True).resolved_native
+    sizes = EmbeddedSettings().sizes
+    assert not EmbeddedSettings(sizes=type(sizes)(embedded_native_kernels=False)).resolved_native
