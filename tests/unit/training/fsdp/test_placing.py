@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
-from qwench.training.fsdp import parallelize
+from qwench.training.fsdp import fsdp_trainer, parallelize
 from qwench.training.fsdp.direct import PolicyPlace
 from qwench.training.fsdp.gathered import ReducedGradients, check_gathered
 from qwench.training.fsdp.parallelize import place_policy
@@ -128,3 +128,29 @@ def test_layers_that_the_packed_decoder_lacks_and_rows_that_do_not_divide_are_re
     odd = replace(QWEN3_4B, vocab_size=151_935)
     with pytest.raises(ConfigError, match=r"shards model\.embed_tokens\.weight by its 151935 rows, which 2 ranks do not"):
         check_gathered(odd, "sdpa", num_shards=2)
+
+
+@pytest.mark.parametrize(
+    ("part", "base", "dp_size", "dtype", "is_shared"),
+    [
+        ("merged", None, 1, torch.bfloat16, True),
+        ("merged", None, 2, torch.bfloat16, False),
+        ("merged", None, 1, torch.float32, False),
+        ("merged", "auto", 1, torch.bfloat16, False),
+        ("adapter", "auto", 1, torch.bfloat16, True),
+        ("apart", "auto", 1, torch.bfloat16, True),
+        ("adapter", "nf4", 1, torch.bfloat16, False),
+        ("adapter", "auto", 2, torch.bfloat16, False),
+    ],
+)
+def test_weights_are_shared_where_they_are_what_would_be_published(
+    part: str, base: str | None, dp_size: int, dtype: torch.dtype, is_shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fsdp_trainer, "local_shard", lambda weight: weight)
+    trainer = object.__new__(fsdp_trainer.FsdpTrainer)
+    trainer._adapters = None if base is None else SimpleNamespace(section=SimpleNamespace(lora_base=base))
+    trainer.parallel, trainer._param_dtype = SimpleNamespace(dp_size=dp_size), torch.bfloat16
+    trainer._weights = {"a": torch.zeros(1, dtype=torch.bfloat16), "b": torch.zeros(1, dtype=dtype)}
+    trainer._are_lent = False
+    assert trainer.shared_weights(part) == (trainer._weights if is_shared else None)
+    assert trainer._are_lent is is_shared, "what an engine computes with stays on the device"

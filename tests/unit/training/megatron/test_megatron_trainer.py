@@ -223,7 +223,7 @@ def test_what_is_dropped_differs_by_step_micro_batch_and_rank(done: list[object]
         (False, "merged", ["whole"]),
         (True, "merged", ["merged whole"]),
         (True, "adapter", ["adapter"]),
-        (True, "all", ["whole", "adapter"]),
+        (True, "apart", ["whole", "adapter"]),
     ],
 )
 def test_published_are_the_weights_or_the_adapter_or_both(
