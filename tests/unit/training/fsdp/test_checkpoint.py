@@ -1,15 +1,18 @@
-"""Starting FSDP2 from checkpoints of other formats."""
+"""Starting FSDP2 from checkpoints of other formats, and in which order a checkpoint is read."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import PretrainedConfig, Qwen3ForCausalLM
 
 from qwench.config.sections.training import TrainingConfig
+from qwench.errors import ConfigError
 from qwench.models.hf import load_hf_config
+from qwench.training.fsdp import checkpoint
 from qwench.training.fsdp.checkpoint import load_causal_lm
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
 from qwench.training.process_group import init_process_group, leave_process_group
@@ -81,3 +84,75 @@ def test_a_trainer_takes_the_weights_of_a_converted_checkpoint(
     torch.manual_seed(4)
     tiny_model(vocab_size=64, tied=False).to(torch.bfloat16).save_pretrained(tmp_path / "other")
     assert_weights_of(hf_folder, built_from=tmp_path / "other", loaded=tmp_path / folder, offload_fraction=offload_fraction)
+
+
+class Optimizer:
+    """Says what it is given; its masters and moments are named."""
+
+    has_momentum, num_steps = False, 0
+
+    def __init__(self, said: list[object]) -> None:
+        self.said = said
+
+    def masters(self) -> dict[str, str]:
+        return {"a": "master"}
+
+    def moments(self) -> str:
+        return f"moments after {self.num_steps}"
+
+    def reset(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self.said.append(("reset", num_steps))
+
+    def set_masters(self, masters: object) -> None:
+        self.said.append(("set masters", masters))
+
+    def set_moments(self, moments: object) -> None:
+        self.said.append(("set moments", moments))
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_masters_come_before_the_frozen_weights_and_the_moments(weights_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[object] = []
+    state = SimpleNamespace(masters="stored masters", num_steps=7, moments={"exp_avg": "first", "exp_avg_sq": "second"})
+    monkeypatch.setattr(checkpoint, "open_weights", lambda *given: ("weights", *given))
+    monkeypatch.setattr(checkpoint, "open_saved_optimizer", lambda *given: said.append(given) or state)
+    monkeypatch.setattr(checkpoint, "fill_shards", lambda *given, **options: said.append((*given, *options.values())))
+    folder, optimizer, masters = Path("folder"), Optimizer(said), {"a": "master"}
+    given = {"weights_only": weights_only, "frozen": {"b": "frozen"}}
+    checkpoint.load_converted(folder, optimizer, "model", **given)
+    weights = ("weights", folder, "model")
+    frozen = ({"b": "frozen"}, weights)
+    if weights_only:
+        assert said == [(masters, weights), ("set masters", masters), frozen]
+        return
+    assert said == [
+        (folder, "model"),
+        (masters, "stored masters"),
+        ("set masters", masters),
+        frozen,
+        ("reset", 7),
+        ("moments after 7", "first", ".exp_avg"),
+        ("moments after 7", "second", ".exp_avg_sq"),
+        ("set moments", "moments after 7"),
+    ]
+    optimizer.has_momentum = True
+    with pytest.raises(ConfigError, match=r"^folder has AdamW's state of all weights, and --optimizer muon has its own; give"):
+        checkpoint.load_converted(folder, optimizer, "model", **given)
+
+
+def test_moments_are_read_after_the_steps_that_they_have_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[object] = []
+    monkeypatch.setattr(checkpoint, "load_num_steps", lambda folder: 7 if folder == Path("trained") else 0)
+    monkeypatch.setattr(checkpoint, "load_moments", lambda *given: said.append(given))
+    monkeypatch.setattr(checkpoint, "save_moments", lambda *given: said.append(given))
+    optimizer = Optimizer(said)
+    checkpoint.load_optimizer(Path("trained"), optimizer)
+    moments = "moments after 7"
+    assert said == [("reset", 7), (Path("trained"), moments), ("set moments", moments)]
+    said.clear()
+    checkpoint.save_optimizer(Path("out"), optimizer)
+    assert said == [(Path("out"), moments, 7)]
+    said.clear()
+    checkpoint.load_optimizer(Path("fresh"), optimizer)
+    assert said == [("reset", 0)]
