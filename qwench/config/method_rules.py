@@ -209,3 +209,17 @@ def adapters_are_built_for(config: Config) -> str | None:
         if is_set:
             return f"--lora-rank {lora.rank} does not work yet with {flag}; {instead}"
     return None
+
+
+METHOD_RULES = (
+    a_critic_has_its_method,
+    the_critics_own_gpus_are_there,
+    a_curriculum_draws_from_rows,
+    a_second_grader_has_answers,
+    a_teacher_has_advantages_to_change,
+    old_log_probs_differ_from_the_steps,
+    adapters_are_built_for,
+    frozen_parameters_are_built_for,
+    rewards_apart_are_several,
+    truncated_sampling_is_replayed,
+)

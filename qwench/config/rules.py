@@ -14,18 +14,7 @@ from qwench.config.engine_choice import (
     sglang_flags_are_known,
 )
 from qwench.config.layout import CRITIC_RANKS, POLICY_RANKS, data_parallel_size
-from qwench.config.method_rules import (
-    a_critic_has_its_method,
-    a_curriculum_draws_from_rows,
-    a_second_grader_has_answers,
-    a_teacher_has_advantages_to_change,
-    adapters_are_built_for,
-    frozen_parameters_are_built_for,
-    old_log_probs_differ_from_the_steps,
-    rewards_apart_are_several,
-    the_critics_own_gpus_are_there,
-    truncated_sampling_is_replayed,
-)
+from qwench.config.method_rules import METHOD_RULES
 from qwench.config.plan import plan_batch
 from qwench.config.sections.rollout import SFT_ROLLOUT
 from qwench.errors import ConfigError
@@ -318,20 +307,11 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     prefixes_do_not_outlive_weights,
     deterministic_engines_are_ours,
     asynchronous_rollouts_never_end,
-    a_critic_has_its_method,
-    the_critics_own_gpus_are_there,
-    a_curriculum_draws_from_rows,
-    a_second_grader_has_answers,
-    a_teacher_has_advantages_to_change,
     recorded_rollouts_have_files,
     evaluations_beside_training_have_engines,
     hooks_have_what_they_see,
-    old_log_probs_differ_from_the_steps,
+    *METHOD_RULES,
     long_responses_have_a_bound,
-    adapters_are_built_for,
-    frozen_parameters_are_built_for,
-    rewards_apart_are_several,
-    truncated_sampling_is_replayed,
 )
 
 
