@@ -17,9 +17,10 @@ from qwench.config.schedule import Schedule
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.rollout import RolloutConfig
-from qwench.controller import Run, generate, train
+from qwench.controller import Run, generate, probe_engines, train
 from qwench.observability.stopping import FILE_NAME, SaveRequests
 from qwench.observability.timing import PhaseTimer
+from qwench.rollout.probe import TEMPERATURE
 
 SCHEDULE = Schedule(
     rollout=RolloutConfig(num_rollout=3, update_weights_interval=2),
@@ -276,3 +277,24 @@ def test_without_a_folder_a_signal_is_said_and_nothing_is_saved(caplog: pytest.L
         assert not requests.pending()
         assert not requests.pending()
     assert caplog.text.count("the run has no --save") == 1, "said once, not after every rollout"
+
+
+def test_what_engines_sampled_is_scored_by_the_learner_and_compared() -> None:
+    events: list[object] = []
+
+    @contextmanager
+    def held_by(state: object) -> Iterator[None]:
+        events.append(f"held by {state}")
+        yield
+
+    learner = SimpleNamespace(state="state", log_probs=lambda *words: events.append(words) or [[-1.0]])
+    probe = SimpleNamespace(ask=lambda engines: [engines], compare=lambda *words: {"compared": words})
+    parts = {
+        "timer": PhaseTimer(), "gpus": SimpleNamespace(held_by=held_by),
+        "metrics": SimpleNamespace(log=lambda *words: events.append(words)),
+    }  # fmt: skip
+    for probe_or_none, engines in ((None, "engines"), (probe, None)):
+        probe_engines(SimpleNamespace(probe=probe_or_none, engines=engines, **parts), learner, version=3)
+    assert events == []
+    probe_engines(SimpleNamespace(probe=probe, engines="engines", **parts), learner, version=3)
+    assert events == ["held by state", (["engines"], TEMPERATURE), (3, {"compared": (["engines"], [[-1.0]])})]

@@ -271,6 +271,7 @@ def test_the_command_takes_columns_and_one_line(tmp_path: Path, pool: type[Pool]
     words = ["check", str(path), "--rm-type", "math", "--response-key", "said", "--label-key", "truth"]
     reward_check.run(words)
     table = capsys.readouterr().out
+    assert re.search(r"all +.* 2 +.* 100\.0 % +.* 0\.500 ", table)
     assert re.search(r"exact +.* 1 +.* 50\.0 % +.* 1\.000 ", table) and "1: right <- ...d word" in table
     assert "2: differ <- b" in table
     reward_check.run([*words, "--line", "2"])
