@@ -322,6 +322,17 @@ def test_what_would_not_reach_the_model_is_refused_by_line(tmp_path, messages, p
         load(tmp_path, rows, apply_chat_template=True)
 
 
+@pytest.mark.parametrize(
+    "member",
+    ["image", "images", "image_url", "video", "videos", "video_url", "audio", "audios", "input_audio", "file", "function_call"],
+)
+def test_a_member_that_no_template_writes_is_refused_in_a_message_and_in_a_part(tmp_path, member):
+    said = rf"data\.jsonl:1: a message has {member}, which does not reach the model"
+    for message in ({"content": "hi", member: "x"}, {"content": [{"type": "text", "text": "hi", member: "x"}]}):
+        with pytest.raises(ConfigError, match=said):
+            load(tmp_path, [{"prompt": [{"role": "user", **message}]}], apply_chat_template=True)
+
+
 def test_an_empty_system_message_and_a_tool_that_returned_nothing_are_kept(tmp_path):
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": "go"}, call, {"role": "tool", "content": ""}]
