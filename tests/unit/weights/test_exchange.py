@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import orjson
 import pytest
+import torch
 
 from qwench.errors import EngineLostError, WeightSyncError
 from qwench.weights import exchange
@@ -58,3 +59,26 @@ def test_a_rank_tells_the_others_of_its_failure_before_it_raises(monkeypatch):
         with pytest.raises(type(failure), match=str(failure)):
             ranks.gather({"a": 1}, failure=failure)
         assert heard.pop() == {"message": {"a": 1}, "failure": str(failure), "lost": lost}
+
+
+def test_what_ranks_say_may_be_of_any_length(monkeypatch):
+    contents = [b"ab", b"cdef", b"g"]
+
+    def all_gather(everywhere: list[torch.Tensor], own: torch.Tensor) -> None:
+        if own.dtype == torch.int64:
+            assert own.tolist() == [2]
+            said = [torch.tensor([len(one)]) for one in contents]
+        else:
+            assert bytes(own.numpy()) == b"ab  "
+            said = [torch.frombuffer(bytearray(one.ljust(4)), dtype=torch.uint8) for one in contents]
+        for place, one in zip(everywhere, said, strict=True):
+            place.copy_(one)
+
+    monkeypatch.setattr(exchange.dist, "all_gather", all_gather)
+    assert exchange._all_gather(b"ab", 3) == contents
+    for joined, expected in ((True, (2, 3)), (False, (0, 1))):
+        monkeypatch.setattr(exchange.dist, "is_initialized", lambda joined=joined: joined)
+        monkeypatch.setattr(exchange.dist, "get_rank", lambda: 2)
+        monkeypatch.setattr(exchange.dist, "get_world_size", lambda: 3)
+        ranks = RankExchange()
+        assert (ranks.rank, ranks.size) == expected
