@@ -280,3 +280,10 @@ def test_a_small_file_is_read_and_a_large_one_refused(tmp_path, monkeypatch):
     (tmp_path / "b").write_bytes(b"x" * (2**20 + 1))
     with pytest.raises(OSError, match="it has more than 1 MiB"):
         read_small_text(tmp_path / "b")
+
+
+def test_a_file_is_written_into_folders_that_are_missing(tmp_path):
+    path = tmp_path / "a" / "b" / "c.txt"
+    for content in ("old", "new"):
+        write_atomically(path, content)
+    assert path.read_text() == "new" and [one.name for one in path.parent.iterdir()] == ["c.txt"]

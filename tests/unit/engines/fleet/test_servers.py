@@ -66,18 +66,19 @@ def is_alive(pid: int) -> bool:
 
 
 def test_a_server_starts_stops_with_all_its_processes_and_starts_again_at_its_address(tmp_path):
-    server = ServerProcess(command(tmp_path, HEALTHY))
+    folder = tmp_path / "logs" / "engines"
+    server = ServerProcess(command(folder, HEALTHY))
     first = server.start()
-    started = pids(tmp_path)
+    started = pids(folder)
     assert server.is_running() and all(map(is_alive, started))
     server.stop()
     server.stop()
     assert not server.is_running() and not any(map(is_alive, started))
     assert server.start() == first
-    os.kill(pids(tmp_path)[0], signal.SIGKILL)
+    os.kill(pids(folder)[0], signal.SIGKILL)
     wait_until(lambda: not server.is_running())
     server.stop()
-    assert not any(map(is_alive, pids(tmp_path)))
+    assert not any(map(is_alive, pids(folder)))
 
 
 def test_a_launched_server_is_not_started_twice(tmp_path):
