@@ -102,6 +102,25 @@ def test_times_are_kept_by_the_names_that_tests_are_run_by(tmp_path: Path) -> No
     assert _seconds_of(report) == {"tests/a/test_b.py::test_c[d]": 1.5, "tests/a/test_b.py::TestE::test_f": 2.5}
 
 
+@pytest.mark.parametrize(("seconds", "noticed"), [(1.0, True), (120.0, False)])
+def test_a_module_that_cannot_be_imported_is_noticed_though_another_test_fails_anyway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, noticed: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = Path("it.py")
+    module.write_text(SOURCE)
+    names = ["tests/unit/a.py::test", "tests/unit/fails_anyway.py::test"]
+
+    def outcome(tests: list[str], timeout_s: float) -> Outcome:
+        is_changed = "number / 2" in module.read_text()
+        return Outcome(not is_changed and names[1] not in tests, seconds)
+
+    monkeypatch.setattr(mutations, "outcome", outcome)
+    [place] = [place for place in places_of(SOURCE) if mutant_of(SOURCE, place).after == "number / 2"]
+    counts = Campaign(module, [[]], Reach(dict.fromkeys(names, 1.0), {"it.py:6": names})).run([place])
+    assert counts == {"unit": int(noticed), "tried": 1}
+
+
 def test_what_no_unit_test_notices_is_tried_on_recorded_tests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
