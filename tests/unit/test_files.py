@@ -81,6 +81,8 @@ def test_a_folder_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_pa
         (place / "deep").mkdir(parents=True)
         (place / "deep" / "a").write_text(text)
         (place / "z").write_text(text)
+    (tmp_path / "folder.old.writing").mkdir()
+    (tmp_path / "folder.old.writing" / "of a start that was killed").touch()
     replace_folder(folder, whole)
     forced = [Path("whole/deep/a"), Path("whole/deep"), Path("whole/z"), Path("whole")]
     assert events == [*(("fsync", path) for path in forced), ("rename", "whole", "folder"), ("fsync", Path())]
