@@ -33,7 +33,7 @@ EOS = 1
 MAX_POSITIONS = 1100
 LONG = 1000
 """New tokens of a response that a test interrupts: many more than a round trip to the server takes."""
-LONGER_THAN_A_LOOK = {"in_process": 300, "inline": 300, "http": 300, "two_ranks": 80}
+LONGER_THAN_A_LOOK = {"in_process": 300, "inline": 300, "http": 900, "two_ranks": 80}
 """New tokens of a response that goes on to its end after a test has looked at it, by host; two ranks take longer a token."""
 Result = TypeVar("Result")
 
