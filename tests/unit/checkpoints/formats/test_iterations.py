@@ -50,3 +50,12 @@ def test_of_a_checkpoint_that_lies_elsewhere_only_the_link_is_removed(tmp_path):
     iterations.clean()
     assert sorted(path.name for path in root.iterdir() if path.is_dir()) == ["iter_0000002", "iter_0000003"]
     assert not (root / "iter_0000002").is_symlink() and (elsewhere / "weights").read_text() == "old"
+
+
+def test_a_checkpoint_begins_in_a_new_folder_without_what_was_begun_before(tmp_path):
+    iterations = Iterations(tmp_path / "runs" / "new")
+    folder = iterations.temporary(3)
+    for _ in range(2):
+        iterations.begin(3)
+        assert list(folder.iterdir()) == []
+        (folder / "half").touch()
