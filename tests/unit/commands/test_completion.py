@@ -73,7 +73,7 @@ def test_bash_completes_flags_and_their_values(scripts, words, offered):
 
 def test_bash_completes_files_behind_a_flag_that_takes_one(scripts, tmp_path):
     (tmp_path / "prompts.jsonl").touch()
-    for words in (["train", "--prompt-data", "prom"], ["reward", "check", "prom"]):
+    for words in (["train", "--prompt-data", "prom"], ["train", "--config", "prom"], ["reward", "check", "prom"]):
         assert completed(scripts, *words, cwd=tmp_path) == ["prompts.jsonl"]
 
 

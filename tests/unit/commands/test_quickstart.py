@@ -151,6 +151,12 @@ def test_files_of_others_and_another_seed_are_refused(ran):
     with pytest.raises(QwenchError, match=r"is not a quickstart's \(thesis.tex\)"):
         tour(ran.folder)
     (ran.folder / "thesis.tex").unlink()
+    for name in "hgfedcba":
+        (ran.folder / name).touch()
+    with pytest.raises(QwenchError, match=r"is not a quickstart's \(a, b, c\); name another folder with --output"):
+        tour(ran.folder)
+    for name in "hgfedcba":
+        (ran.folder / name).unlink()
     tour(ran.folder)
     with pytest.raises(QwenchError, match="a quickstart of another seed"):
         tour(ran.folder, seed=1)
