@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -82,34 +81,41 @@ def threads_for(work: int, *, smallest: int) -> int:
 
 def _load(compiler: str) -> CDLL:
     sources = sorted(_FOLDER.glob("*.cpp"))
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=_TIMEOUT_S).stdout
+    version = _run([compiler, "--version"], _FOLDER)
     texts = [path.read_text(encoding="ascii") for path in (*sources, *sorted(_FOLDER.glob("*.h")))]
     key = hashlib.sha256("\0".join((*texts, *_OPTIONS, version, _processor())).encode()).hexdigest()[:16]
-    kept = Path("~/.cache/qwench").expanduser() / f"kernels-{key}.so"
-    with suppress(OSError):  # not there yet, or damaged
-        return CDLL(str(kept))
+    with suppress(OSError, RuntimeError):  # the user has no home, or the library is not there yet, or damaged
+        return CDLL(str(_place(key)))
     with tempfile.TemporaryDirectory(prefix="qwench-kernels-") as folder:
         built = _compile(compiler, sources, Path(folder))
-        with suppress(OSError):  # no home to write to: this process alone has the library
-            _keep(built, kept)
+        with suppress(OSError, RuntimeError):  # no home to write to: this process alone has the library
+            _keep(built, _place(key))
         return CDLL(str(built))
+
+
+def _place(key: str) -> Path:
+    return Path("~/.cache/qwench").expanduser() / f"kernels-{key}.so"
 
 
 def _keep(built: Path, kept: Path) -> None:
     """Copy the library at once: other processes see it whole or not at all."""
     kept.parent.mkdir(parents=True, exist_ok=True)
-    beside = kept.with_suffix(f".{os.getpid()}")
-    shutil.copy(built, beside)
-    beside.replace(kept)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as beside:
+        Path(shutil.copy(built, beside)).replace(kept)
 
 
 def _compile(compiler: str, sources: Sequence[Path], folder: Path) -> Path:
     # Linked without an OpenMP library: PyTorch's own, which the process has already, brings its threads.
-    run = [compiler, *_OPTIONS, "-c", *map(str, sources)]
-    subprocess.run(run, cwd=folder, capture_output=True, text=True, check=True, timeout=_TIMEOUT_S)
-    link = [compiler, "-shared", "-o", "kernels.so", *(path.with_suffix(".o").name for path in sources)]
-    subprocess.run(link, cwd=folder, capture_output=True, text=True, check=True, timeout=_TIMEOUT_S)
+    _run([compiler, *_OPTIONS, "-c", *map(str, sources)], folder)
+    _run([compiler, "-shared", "-o", "kernels.so", *(path.with_suffix(".o").name for path in sources)], folder)
     return folder / "kernels.so"
+
+
+def _run(command: Sequence[str], folder: Path) -> str:
+    """Run the compiler in a folder and return what it prints."""
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, errors="replace", check=True, timeout=_TIMEOUT_S
+    ).stdout
 
 
 def _processor() -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import pwd
 import shutil
 from ctypes import CDLL
 from pathlib import Path
@@ -33,7 +35,11 @@ def test_without_a_compiler_there_is_no_library_and_one_line_says_so(monkeypatch
 
 @pytest.mark.parametrize(
     ("script", "said"),
-    [("exit 3", "exit status 3"), ('test "$1" = --version || { echo "no room" >&2; exit 1; }', "no room")],
+    [
+        ("exit 3", "exit status 3"),
+        ("printf '\\377 bad' >&2; exit 3", "\ufffd bad"),
+        ('test "$1" = --version || { echo "no room" >&2; exit 1; }', "no room"),
+    ],
 )
 def test_a_compiler_that_fails_is_quoted_and_pytorch_computes(monkeypatch, caplog, tmp_path, script, said):
     monkeypatch.setattr(module, "COMPILERS", (_compiler(tmp_path, script),))
@@ -65,7 +71,24 @@ def test_the_library_is_compiled_once_and_again_where_it_is_damaged_or_cannot_be
     (tmp_path / "file").touch()
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     assert isinstance(_make(), CDLL)
-    assert len(compiled) == 3
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a user without an entry has no home
+    assert isinstance(_make(), CDLL)
+    assert len(compiled) == 4
+
+
+@pytest.mark.skipif(module.library() is None, reason="needs a C++ compiler")
+def test_a_library_that_found_no_room_leaves_nothing_behind(monkeypatch, tmp_path):
+    def refuse(source, target):
+        place = Path(target)
+        (place / "half" if place.is_dir() else place).touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "_compile", lambda *given: Path(module.library()._name))
+    monkeypatch.setattr(shutil, "copy", refuse)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert isinstance(_make(), CDLL)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_engines_on_gpus_in_other_dtypes_or_with_equal_bits_do_without(monkeypatch):
