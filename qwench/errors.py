@@ -1,4 +1,4 @@
-"""Errors that cross module borders; every message says what, got, why and what to do."""
+"""Errors that cross module borders, and how their messages count; each says what, got, why and what to do."""
 
 
 def counted(count: int, noun: str) -> str:

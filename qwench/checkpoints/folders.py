@@ -102,7 +102,7 @@ def check_load_folder(config: CheckpointConfig, identity: Mapping[str, Json]) ->
         return
     found = Iterations(config.load).newest_first()
     if not found and _has_our_manifest(config.load):
-        raise ConfigError(f"--load {config.load} is one checkpoint of a run{_what_serves(config.load)}")
+        raise ConfigError(f"--load {config.load} is one checkpoint of a run{_remedy_for(config.load)}")
     if config.ckpt_step is not None and not Iterations(config.load).folder(config.ckpt_step).is_dir():
         raise ConfigError(
             f"--load {config.load} has no checkpoint of --ckpt-step {config.ckpt_step}; it has {found or 'none'}."
@@ -117,7 +117,7 @@ def check_load_folder(config: CheckpointConfig, identity: Mapping[str, Json]) ->
         check_identity(written or {}, identity, what=f"--load {config.load}")
 
 
-def _what_serves(one: Path) -> str:
+def _remedy_for(one: Path) -> str:
     """Return what is damaged of a lone checkpoint, and what --load takes."""
     number = number_of(one)
     given = "the folder of the run" if number is None else f"--load {one.parent} --ckpt-step {number}"

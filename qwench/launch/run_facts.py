@@ -17,7 +17,7 @@ from qwench.checkpoints.formats.sources import find_format
 from qwench.config.plan_lines import adapter_line
 from qwench.errors import counted
 from qwench.launch.inputs import Inputs
-from qwench.models.decoder.native.library import find_compiler
+from qwench.models.decoder.native.library import COMPILERS, find_compiler
 from qwench.observability.run_report import NEXT, RunReport
 from qwench.rewards.second_grader import DISAGREEMENTS, describe_shortest, read_disagreements
 
@@ -156,7 +156,7 @@ def _devices(inputs: Inputs) -> str:
         number = str(devices.num_engines) if devices.num_engines else "external"
         sizes = " or ".join(map(str, sorted(set(devices.engine_sizes))))
         each = f" of {sizes} {'GPUs' if devices.on_gpus else 'processes'}" if sizes not in ("", "1") else ""
-        slower = "" if _has_kernels(inputs) else ", without the C++ kernels: neither g++ nor clang++ is installed"
+        slower = f", without the C++ kernels: no {' or '.join(COMPILERS)} is installed" if _lacks_compiler(inputs) else ""
         parts.append(f"{number} {config.engine.kind} engine{'s' * (devices.num_engines != 1)}{each}{slower}")
     shared = " that take turns" if devices.shared else ""
     count = sum(devices.critic)
@@ -164,11 +164,11 @@ def _devices(inputs: Inputs) -> str:
     return f"{kind}: {' and '.join(parts)}{shared}{critic if count else ''}"
 
 
-def _has_kernels(inputs: Inputs) -> bool:
-    """Tell whether nothing is missing for the kernels of an embedded engine on a CPU."""
+def _lacks_compiler(inputs: Inputs) -> bool:
+    """Tell whether an embedded engine on a CPU has no compiler for its kernels."""
     engine = inputs.config.engine
     wants = engine.kind == "embedded" and inputs.device.type == "cpu" and engine.embedded_native_kernels
-    return not wants or inputs.config.training.batch_invariant or find_compiler() is not None
+    return wants and not inputs.config.training.batch_invariant and find_compiler() is None
 
 
 def _after_every(inputs: Inputs, interval: int) -> str:

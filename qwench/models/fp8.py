@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from qwench.errors import ConfigError
+from qwench.models.memory import FP8_BLOCK
 from qwench.samples import Json
 
 FP8_DTYPE = torch.float8_e4m3fn
-BLOCK = 128
-"""Rows and columns of a block."""
+BLOCK = FP8_BLOCK
 SCALE_DTYPE = torch.float32
 QUANTIZATION_CONFIG: dict[str, Json] = {
     "activation_scheme": "dynamic",

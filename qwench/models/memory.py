@@ -23,8 +23,8 @@ from math import prod
 from qwench.models.architecture import Architecture
 
 FLOAT32_BYTES = 4
-_FP8_BLOCK = 128
-"""`models.fp8.BLOCK`, which imports torch."""
+FP8_BLOCK = 128
+"""Rows and columns of a block of an FP8 matrix."""
 ROW_PARALLEL = ("o_proj", "down_proj")
 """Projections whose columns tensor parallelism splits; of the others it splits the rows."""
 FORWARD = 1
@@ -107,7 +107,7 @@ def num_parameters(model: Architecture) -> int:
 def fp8_bytes(model: Architecture, *, element_bytes: int) -> int:
     """Return the bytes of a model whose layers' matrices are FP8, one scale for each block (`models.fp8`)."""
     blocks = model.num_layers * sum(
-        -(-shape[0] // _FP8_BLOCK) * -(-shape[1] // _FP8_BLOCK) for shape in model.layer_shapes().values() if len(shape) == 2
+        -(-shape[0] // FP8_BLOCK) * -(-shape[1] // FP8_BLOCK) for shape in model.layer_shapes().values() if len(shape) == 2
     )
     matrices = model.num_layers * sum(prod(shape) for shape in model.layer_shapes().values() if len(shape) == 2)
     return matrices + FLOAT32_BYTES * blocks + element_bytes * (num_parameters(model) - matrices)

@@ -188,7 +188,7 @@ def test_length_and_devices_are_said_in_the_numbers_of_the_run(monkeypatch):
     alone = replace(two, plan=replace(two.plan, devices=on_cpu))
     assert run_facts._devices(alone) == threads + "3 embedded engines of 2 processes"
     monkeypatch.setattr(run_facts, "find_compiler", lambda: None)
-    missing = ", without the C++ kernels: neither g++ nor clang++ is installed"
+    missing = ", without the C++ kernels: no g++ or clang++ is installed"
     assert run_facts._devices(alone) == threads + "3 embedded engines of 2 processes" + missing
     unused = replace(alone.config, engine=replace(alone.config.engine, embedded_native_kernels=False))
     assert run_facts._devices(replace(alone, config=unused)) == threads + "3 embedded engines of 2 processes"
