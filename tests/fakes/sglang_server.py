@@ -60,7 +60,7 @@ class FakeSglang:
         """Loaded adapters: name -> the text of their adapter_config.json."""
         self.params: list[dict[str, Tensor]] = [{} for _ in range(tp_size)]
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=[0.01], daemon=True)
 
     @property
     def base_url(self) -> str:

@@ -21,6 +21,10 @@ from qwench.rewards.remote import check_reachable, pause_s
 from qwench.samples import Prompt, Sample
 
 
+class Listener(ThreadingHTTPServer):
+    request_queue_size = 128  # a connection beyond the queue is tried again after seconds
+
+
 class Server:
     """Answers what it is told to, in turn; the last answer again and again."""
 
@@ -41,9 +45,9 @@ class Server:
             def log_message(self, *arguments: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = Listener(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/grade"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=[0.01], daemon=True).start()
 
     def close(self) -> None:
         self._server.shutdown()

@@ -18,7 +18,7 @@ class Running:
         self.request, self.finish_reason = SimpleNamespace(request_id=name), None
         self.answered: list[object] = []
         self.errors: list[Exception] = []
-        self.future = SimpleNamespace(done=lambda: bool(self.answered), set_exception=self.errors.append)
+        self.future, self.fail = SimpleNamespace(done=lambda: bool(self.answered)), self.errors.append
 
     def answer(self, tokenizer: object) -> None:
         self.answered.append(tokenizer)
