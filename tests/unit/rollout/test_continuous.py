@@ -324,12 +324,13 @@ def test_a_rejected_group_is_replaced_and_counted():
     assert rollout.metrics["rollout/dynamic_filter/drop_no_c"] == 1.0
 
 
-def test_a_filter_that_rejects_everything_is_overruled():
+def test_a_filter_that_rejects_everything_is_overruled(caplog):
     reject = RolloutFunctions(group_filter=lambda group: FilterResult(keep=False, reason="all"))
     with open_stream(FakeEngine(write_ok), staleness=0, selection=Selection(reject), max_rounds=2) as stream:
         rollout = stream.take(0)
     assert prompts_of(rollout.groups) == "ef"
     assert rollout.metrics["rollout/dynamic_filter/drop_all"] == 6.0
+    assert "rollout 0: the dynamic filter rejected 4 groups, so that 2 more were used all the same" in caplog.messages[0]
 
 
 async def abort_a(sample, context):

@@ -14,7 +14,7 @@ from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.members import Member
 from qwench.engines.fleet.pool import EnginePool, EngineRestartedError
 from qwench.engines.protocol import FinishReason, MemoryTag
-from qwench.errors import EngineLostError, WeightSyncError
+from qwench.errors import EngineError, EngineLostError, WeightSyncError
 from tests.contract.engine_hosts import ask, make_engine, make_model, prompt_of
 from tests.deadlines import patient
 from tests.fakes.engine import FakeEngine
@@ -87,6 +87,14 @@ def test_open_requests_are_described_by_the_engine_that_owes_the_oldest(pool):
     described = run(pool, scenario())
     assert re.fullmatch(rf"2 open requests, the oldest \d+ s on {re.escape(repr(pool.engines[0]))}", described)
     assert pool.describe_requests() == "no request is open"
+
+
+def test_a_wait_that_was_too_long_is_described():
+    with (
+        closing(EnginePool([FakeEngine(str)], EventLoopThread())) as pool,
+        pytest.raises(EngineError, match=r"within 0\.01 s \(two are late"),
+    ):
+        pool.run(asyncio.Event().wait(), label="wait", timeout_s=0.01, describe=lambda: "two are late")
 
 
 def test_versions_are_confirmed(pool):

@@ -114,6 +114,8 @@ def test_private_files_are_this_users_alone_and_last_as_long_as_the_server(tmp_p
     private = tmp_path / "logs" / ".secrets.yaml"
     fields = {"log_file": tmp_path / "logs" / "engine.log", "private_files": {private: "token: x\n"}}
     server = ServerProcess(command(tmp_path, HEALTHY, **fields))
+    private.parent.mkdir()
+    private.write_text("left by a run that was killed, for all to read")
     for _ in range(2):
         server.start()
         assert private.read_text() == "token: x\n" and private.stat().st_mode & 0o777 == 0o600
