@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from qwench.cluster.child import _append
 from qwench.engines.client import HttpEngine
 from qwench.engines.fleet.servers import tail
 from qwench.errors import EngineError
@@ -25,8 +24,6 @@ def test_logs_and_stacks_with_other_bytes_are_shown(tmp_path: Path):
 
     assert ask_for_stacks(send, log) == REPLACED
     assert tail(log) == REPLACED
-    _append(log, "half \ud800\n")
-    assert log.read_bytes() == BROKEN + b"half ?\n"
 
 
 def test_an_answer_with_other_bytes_is_shown():

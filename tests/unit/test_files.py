@@ -52,11 +52,12 @@ def events(monkeypatch, tmp_path):
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, events):
-    path = tmp_path / "new" / "a.json"
+    path = tmp_path / "new" / "run" / "a.json"
     for content in ("caf\u00e9", b"bytes"):
         write_atomically(path, content)
         temporary = events[0][1].name
-        assert events == [("fsync", Path("new") / temporary), ("rename", temporary, "a.json"), ("fsync", Path("new"))]
+        folder = Path("new", "run")
+        assert events == [("fsync", folder / temporary), ("rename", temporary, "a.json"), ("fsync", folder)]
         assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
         assert [one.name for one in path.parent.iterdir()] == ["a.json"]
         events.clear()
@@ -282,10 +283,3 @@ def test_a_small_file_is_read_and_a_large_one_refused(tmp_path, monkeypatch):
     (tmp_path / "b").write_bytes(b"x" * (2**20 + 1))
     with pytest.raises(OSError, match="it has more than 1 MiB"):
         read_small_text(tmp_path / "b")
-
-
-def test_a_file_is_written_into_folders_that_are_missing(tmp_path):
-    path = tmp_path / "a" / "b" / "c.txt"
-    for content in ("old", "new"):
-        write_atomically(path, content)
-    assert path.read_text() == "new" and [one.name for one in path.parent.iterdir()] == ["c.txt"]

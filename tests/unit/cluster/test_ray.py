@@ -230,7 +230,7 @@ def test_ranks_answer_each_call_and_a_lost_one_is_a_death(played):
     lost = RayActorError()
     actors = [PlayedActor({"answer": one, "stacks": "frames"}) for one in (Answer(value=1), lost, late)]
     ranks = RayRanks(actors, rendezvous=None)
-    watched = [part for part in processes._processes if part.label.startswith("trainer rank")]
+    watched = [one for one in processes._processes if one.label.startswith("trainer rank")]
     ranks.send(Call(method="learn"))
     assert [actor.calls for actor in actors] == [[("answer", Call(method="learn"))]] * 3
     first, (rank, death) = ranks.receive(1.5)
@@ -239,7 +239,7 @@ def test_ranks_answer_each_call_and_a_lost_one_is_a_death(played):
     late.is_ready = True
     assert ranks.receive(0.5) == [(2, Answer(value=3))]
     assert [note for note in ray.notes if note[0] == "wait"] == [("wait", 1, 1.5), ("wait", 1, 0.5)]
-    assert [(part.label, part.stacks()) for part in watched] == [(f"trainer rank {rank}", "frames") for rank in range(3)]
+    assert [(one.label, one.stacks()) for one in watched] == [(f"trainer rank {rank}", "frames") for rank in range(3)]
     watched[0].silent_s()
     assert actors[0].calls[1:] == [("stacks",), ("beat",)] and ray.timeouts[-3:] == [10.0] * 3
     ranks.end()

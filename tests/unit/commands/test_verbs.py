@@ -41,9 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         return lambda *words, **flags: made.append((name, *words, *flags.items())) or result
 
     for module in (train, evaluate):
-        monkeypatch.setattr(
-            module, "with_local_inputs", lambda config: replace(config, data=replace(config.data, tool_key="t"))
-        )
+        monkeypatch.setattr(module, "with_local_inputs", with_tools)
         monkeypatch.setattr(module, "prepare", note("prepare", PLAN))
     for module, name, result in (
         (qwench.launch.build, "build", BUILT),

@@ -7,11 +7,10 @@ import pytest
 from qwench.config.sections.agent import AgentConfig
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
-from qwench.config.sections.convert import ConvertConfig, TorchDistToHfConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.distillation import DistillationConfig
-from qwench.config.sections.engine import ENGINE_FACTS, EngineConfig, EngineFacts
+from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.foreign import ForeignConfig
 from qwench.config.sections.lora import LoraConfig
@@ -21,7 +20,7 @@ from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.config.sections.training import TrainingConfig
-from qwench.config.sections.verbs import ColumnsConfig, ServerConfig, split_file
+from qwench.config.sections.verbs import ServerConfig, split_file
 from qwench.errors import ConfigError
 
 SETS = {"eval_prompt_data": ("a", "a.jsonl")}
@@ -152,26 +151,11 @@ def test_parameters_are_frozen_by_the_names_that_match_or_by_those_that_do_not()
         assert [section.trains(name) for name in ("model.layers.0.mlp", "model.layers.1.mlp")] == trained
 
 
-def test_what_the_engines_are():
-    assert dict(ENGINE_FACTS) == {
-        "embedded": EngineFacts(
-            runs_in_process=True, reads_embedded_flags=True, names_adapters=False, nccl_without_cumem=False
-        ),
-        "sglang": EngineFacts(runs_in_process=False, reads_embedded_flags=False, names_adapters=True, nccl_without_cumem=True),
-    }
-
-
 def test_weight_decay_acts_on_matrices_and_where_it_is_asked_on_norms_of_queries_and_keys():
     norms = ["a.q_norm.weight", "a.k_norm.weight", "a.q_layernorm.weight", "a.k_layernorm.weight"]
     for section, decayed in ((OptimizerConfig(), False), (OptimizerConfig(apply_wd_to_qk_layernorm=True), True)):
         assert [section.decays(name, 1) for name in norms] == [decayed] * 4
         assert (section.decays("a.q_proj.weight", 2), section.decays("norm.weight", 1)) == (True, False)
-
-
-def test_a_checkpoint_of_megatron_is_exported_as_slime_does_it():
-    section = TorchDistToHfConfig(input_dir=Path("a"), output_dir=Path("b"), origin_hf_dir=Path("c"))
-    assert (section.force, section.chunk_size, section.vocab_size) == (False, 2_000_000_000, None)
-    assert ConvertConfig(input=Path("a"), output=Path("b"), to="fp8").max_shard_gb == 2.0
 
 
 @pytest.mark.parametrize(
@@ -204,7 +188,6 @@ def test_a_deadline_of_collectives_is_from_a_second_to_three_years():
 def test_two_weights_are_given_for_two_rewards_and_a_single_reward_has_any_key():
     assert RewardConfig(rm_type="math,f1", reward_weights="1,2").weights_of(("math", "f1")) == (1.0, 2.0)
     assert RewardConfig(rm_type="remote_rm", rm_url="http://r", reward_key="mine").reward_key == "mine"
-    assert (ColumnsConfig().response_key, ColumnsConfig().label_key, ColumnsConfig().line) == ("response", "label", None)
 
 
 @pytest.mark.parametrize("flag", ["adam_beta1", "adam_beta2"])

@@ -343,7 +343,7 @@ TRACKED = LoggingConfig(
 )  # fmt: skip
 
 
-def sinks_of(monkeypatch, *, rank=0, logging=TRACKED, **plan):
+def sinks_of(monkeypatch, *, rank=0, logging=TRACKED):
     """Return the name and arguments of each sink of a run's metrics, after the report's own."""
     for name in ("JsonlSink", "TensorBoardSink", "WandbSink", "MlflowSink", "PrometheusSink"):
         monkeypatch.setattr(outputs, name, type(name, (Sink,), {}))

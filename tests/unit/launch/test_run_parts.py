@@ -170,20 +170,19 @@ def test_a_run_that_only_generates_has_no_learner(said: Said, monkeypatch: pytes
     monkeypatch.setattr(build, "_begin", lambda config, plan: inputs)
     monkeypatch.setattr(build, "is_fp8_checkpoint", lambda folder: folder == inputs.model_folder)
     monkeypatch.setattr(build, "make_servers", lambda *given, **options: said.append(options) or (None, None))
-    evaluator = SimpleNamespace(evaluate="evaluate")
+    evaluator = SimpleNamespace(evaluate=print)
     generation = SimpleNamespace(
         engines="engines", close=lambda: None, stream=lambda *given, **options: SimpleNamespace(close=lambda: None),
         evaluator=lambda prompts: evaluator, evaluations_beside=lambda *given: None,
     )  # fmt: skip
     monkeypatch.setattr(build, "build_generation", lambda inputs, **options: said.append(options) or generation)
-    monkeypatch.setattr(build, "partial", lambda *given: given)
     run = build.build(inputs.config, inputs.plan)
     unused = {"start_ranks", "start_learner", "make_publisher", "gpus.make_room", "make_memory_probe"}
     assert not unused & {one[0] for one in said if isinstance(one, tuple)}
     assert find(said, "start_beside")[1:3] == ((), None)
     assert [one["with_weights"] for one in said if isinstance(one, dict)] == [True, True]
     assert (run.learner, run.publisher, run.memory_probe, run.probe) == (None, None, None, "probe")
-    assert run.evaluate == ("evaluate", "engines", None) and run.beside is None
+    assert (run.evaluate.func, run.evaluate.args, run.beside) == (print, ("engines", None), None)
     assert find(said, "GreedyProbe") == (PROMPTS,)
     run.close()
 

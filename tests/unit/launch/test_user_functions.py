@@ -362,9 +362,9 @@ def test_rewards_are_normalised_by_the_function_that_a_flag_names(monkeypatch):
     monkeypatch.setattr(Named, "reward_post_process", lambda self, *adapted: adapted, raising=False)
     monkeypatch.setattr(user_functions, "guarded", lambda function, **options: given.update(options) or function.__name__)
 
-    def of(name, **references):
+    def of(name):
         path = None if name is None else f"{HERE}.{name}"
-        config = Config(reward=RewardConfig(custom_reward_post_process_path=path), foreign=ForeignConfig(**references))
+        config = Config(reward=RewardConfig(custom_reward_post_process_path=path))
         return user_functions.load_post_process(config, Namespace)
 
     assert of(None) is None

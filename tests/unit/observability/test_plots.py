@@ -26,9 +26,7 @@ def test_a_panel_names_its_metric_and_the_axis_of_its_steps(tmp_path, monkeypatc
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: written.append(figure))
     plot_curves(path, tmp_path / "curves.png", ["rollout/raw_reward", "train/loss", "eval/none"])
     panels = [(panel.get_title(), panel.get_xlabel(), panel.lines[0].get_xydata().tolist()) for panel in written[0].axes]
-    assert written[0].get_size_inches().tolist() == [11.0, 6.4]  # panels of 5.5 x 3.2, two side by side
     assert [panel.get_subplotspec().get_geometry() for panel in written[0].axes] == [(2, 2, i, i) for i in range(3)]
-    assert all(panel.lines[0].get_marker() == "o" and panel.lines[0].get_markersize() == 3 for panel in written[0].axes)
     assert panels == [
         ("rollout/raw_reward", "rollout", [[0.0, 0.5]]),
         ("train/loss", "optimizer step", [[0.0, 2.0]]),

@@ -34,7 +34,7 @@ class Asked:
     def __init__(self, label: str = "engine server 0") -> None:
         self.clock = Clock()
         self.questions: list[Future[object]] = []
-        self.part = AskedProcess(label, self.ask, lambda: "its stacks", clock=self.clock)
+        self.process = AskedProcess(label, self.ask, lambda: "its stacks", clock=self.clock)
 
     def ask(self) -> Future[object]:
         self.questions.append(Future())
@@ -44,56 +44,56 @@ class Asked:
 def test_silence_is_the_time_since_the_last_answer_and_begins_with_the_first_question():
     asked = Asked()
     asked.clock.now += 600  # nobody asked meanwhile
-    assert asked.part.silent_s() == 0
+    assert asked.process.silent_s() == 0
     asked.clock.now += 30
-    assert asked.part.silent_s() == 30
+    assert asked.process.silent_s() == 30
     assert len(asked.questions) == 1, "one question at a time"
     asked.questions[0].set_result(True)
-    assert asked.part.silent_s() == 0
+    assert asked.process.silent_s() == 0
     assert len(asked.questions) == 2
 
 
 def test_an_error_is_no_sign_of_life():
     asked = Asked()
-    asked.part.silent_s()
+    asked.process.silent_s()
     asked.clock.now += 10
     asked.questions[0].set_exception(OSError("refused"))
-    assert asked.part.silent_s() == 10
+    assert asked.process.silent_s() == 10
     asked.clock.now += 15
     asked.questions[1].cancel()
-    assert asked.part.silent_s() == 25
+    assert asked.process.silent_s() == 25
     assert len(asked.questions) == 3
 
 
-def test_only_long_silences_of_registered_parts_are_told():
+def test_only_long_silences_of_registered_processes_are_told():
     quiet, talking = Asked(), Asked("engine server 1")
     for asked in (quiet, talking):
-        processes.register(asked.part)
-        asked.part.silent_s()
+        processes.register(asked.process)
+        asked.process.silent_s()
         asked.clock.now += 21
     talking.questions[0].set_result(True)
     try:
         assert silent_processes() == {"engine server 0": 21.0}
         assert describe_silence(silent_processes()) == "engine server 0 silent for 21 s"
     finally:
-        processes.forget(quiet.part)
-        processes.forget(talking.part)
+        processes.forget(quiet.process)
+        processes.forget(talking.process)
     assert silent_processes() == {}
 
 
-def test_stacks_of_driver_and_parts_go_to_one_file_that_the_sentence_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_stacks_of_driver_and_processes_go_to_one_file_that_the_sentence_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(processes, "_folder", [])
     processes.keep_stacks_in(tmp_path)
     asked = Asked()
-    processes.register(asked.part)
+    processes.register(asked.process)
     try:
         sentence = stacks_written()
     finally:
-        processes.forget(asked.part)
+        processes.forget(asked.process)
     written = (tmp_path / "stacks.txt").read_text()
     assert sentence == f"The stacks of all processes are in {tmp_path / 'stacks.txt'}."
     assert f"driver, process {os.getpid()}" in written
-    assert "test_stacks_of_driver_and_parts" in written, "the driver's own stack"
+    assert "test_stacks_of_driver_and_processes" in written, "the driver's own stack"
     places = [written.index(part) for part in ("=== ", "test_stacks_of_driver", "=== engine server 0\nits stacks\n")]
     assert places == sorted(places) and places[0] == 0
 
