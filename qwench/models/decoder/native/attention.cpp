@@ -3,6 +3,7 @@
 //     scores of all heads of a kv head, key by key -> softmax -> sum of values        keys [pages, page_size, kv_heads, K]
 #include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 constexpr long AT_ONCE = 4;  // keys whose products are added up together
@@ -83,16 +84,14 @@ static void attend(const T* q, const T* keys, const T* values, const int32_t* ta
 template <class T>
 static void paged_decode(const T* q, const T* keys, const T* values, const int32_t* tables, const int32_t* lengths, T* to,
                          long rows, long table_width, long page_size, long kv_heads, long group, long head_dim, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
+    in_threads(threads, [&](long thread, long number) {
         Workspace<T> work;
-#pragma omp for schedule(static, 1)
-        for (long share = 0; share < rows * kv_heads; share++) {
+        for (long share = thread; share < rows * kv_heads; share += number) {
             const long row = share / kv_heads, head = share % kv_heads, first = (row * kv_heads + head) * group * head_dim;
             attend(q + first, keys + head * head_dim, values + head * head_dim, tables + row * table_width, to + first,
                    lengths[row], page_size, kv_heads, group, head_dim, work);
         }
-    }
+    });
 }
 
 #define PAGED_DECODE(dtype, T)                                                                                                   \

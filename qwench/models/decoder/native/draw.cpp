@@ -2,6 +2,7 @@
 // The uniform number picks a block by its mass, and an entry of it. A greedy row takes the first largest entry.
 #include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 constexpr long BLOCK = 128;
@@ -71,13 +72,11 @@ static void draw_row(const float* logits, long vocab, float temperature, double 
 extern "C" void draw_float32(const float* logits, const float* temperatures, const double* uniforms, const int32_t* rows,
                      int32_t* last_tokens, int32_t* tokens, float* log_probs, long count, long vocab,
                      int threads) {
-#pragma omp parallel num_threads(threads)
-    {
+    in_threads(threads, [&](long thread, long number) {
         std::vector<double> masses;
-#pragma omp for schedule(static)
-        for (long i = 0; i < count; i++) {
+        for (long i = count * thread / number; i < count * (thread + 1) / number; i++) {
             draw_row(logits + i * vocab, vocab, temperatures[i], uniforms[i], masses, tokens + i, log_probs + i);
             last_tokens[rows[i]] = tokens[i];
         }
-    }
+    });
 }

@@ -1,5 +1,6 @@
 // The element-wise parts of a decoder layer; see `elementwise.py` for what they compute. Arithmetic is float32 and rounds to the
 // tensors' dtype where the reference rounds. A row is computed alone.
+#include "threads.h"
 #include "vectors.h"
 
 // Root of the mean square of a row, inverted.
@@ -15,8 +16,7 @@ template <class T> static inline float inverse_rms(const T* x, long size, float 
 template <class T>
 static void add_rms_norm(const T* x, const T* delta, const T* weight, T* summed, T* normed, long rows, long size, long x_stride,
                          long delta_stride, float eps, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long row = 0; row < rows; row++) {
+    by_threads(threads, rows, [&](long row) {
         const T* source = x + row * x_stride;
         if (delta) {
             T* sum = summed + row * size;
@@ -30,7 +30,7 @@ static void add_rms_norm(const T* x, const T* delta, const T* weight, T* summed,
             Floats scaled = load_up_to(source + at, count) * scale * load_up_to(weight + at, count);
             store_up_to(normed + row * size + at, scaled, count);
         });
-    }
+    });
 }
 
 // Norms (with a weight) and rotates one head of 2 * half numbers.
@@ -54,8 +54,7 @@ static void qk_norm_rope_store(const T* q, const T* k, const T* v, const T* q_no
                                const int32_t* positions, const int64_t* slots, T* keys, T* values, T* queries, long tokens,
                                long heads, long kv_heads, long head_dim, long q_stride, long k_stride, long v_stride, float eps,
                                int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long token = 0; token < tokens; token++) {
+    by_threads(threads, tokens, [&](long token) {
         const T* rope = rope_table + positions[token] * head_dim;
         const long slot = slots[token] * kv_heads * head_dim;
         for (long head = 0; head < heads; head++)
@@ -64,18 +63,18 @@ static void qk_norm_rope_store(const T* q, const T* k, const T* v, const T* q_no
         for (long head = 0; head < kv_heads; head++)
             norm_and_rotate(k + token * k_stride + head * head_dim, k_norm, rope, keys + slot + head * head_dim, head_dim / 2, eps);
         std::memcpy(values + slot, v + token * v_stride, kv_heads * head_dim * sizeof(T));
-    }
+    });
 }
 
 template <class T>
 static void silu_mul(const T* gate, const T* up, T* to, long rows, long size, long gate_stride, long up_stride, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long row = 0; row < rows; row++)
+    by_threads(threads, rows, [&](long row) {
         by_vectors(size, [&](long at, long count) {
             Floats x = load_up_to(gate + row * gate_stride + at, count);
             Floats activated = rounded<T>(x / (1.0f + exp_of(-x)));
             store_up_to(to + row * size + at, activated * load_up_to(up + row * up_stride + at, count), count);
         });
+    });
 }
 
 #define ELEMENTWISE(dtype, T)                                                                                                   \

@@ -1,6 +1,6 @@
 """The library of the C++ kernels: compiled for this processor when first used, and kept for later processes.
 
-    ~/.cache/qwench/kernels-<hash of sources, compiler and processor>.so
+    ~/.cache/qwench/kernels-<hash of sources, compiler and processor>.so        a SHA-256 of its bytes follows them
 
 The compilation takes some seconds. Without a compiler the engine computes with PyTorch's operations.
 """
@@ -24,8 +24,9 @@ import torch
 
 COMPILERS = ("g++", "clang++")
 # No fast-math: not-a-number must stay one.
-_OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
+_OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC")
 _TIMEOUT_S = 300
+_DIGEST_BYTES = 32
 _FOLDER = Path(__file__).parent
 DTYPES = (torch.float32, torch.bfloat16)
 """Of tensors that the kernels take."""
@@ -85,11 +86,12 @@ def _load(compiler: str) -> CDLL:
     texts = [path.read_text(encoding="ascii") for path in (*sources, *sorted(_FOLDER.glob("*.h")))]
     key = hashlib.sha256("\0".join((*texts, *_OPTIONS, version, _processor())).encode()).hexdigest()[:16]
     with suppress(OSError, RuntimeError):  # the user has no home, or the library is not there yet, or damaged
-        return CDLL(str(_place(key)))
+        return _load_kept(_place(key))
     with tempfile.TemporaryDirectory(prefix="qwench-kernels-") as folder:
         built = _compile(compiler, sources, Path(folder))
-        with suppress(OSError, RuntimeError):  # no home to write to: this process alone has the library
+        with suppress(OSError, RuntimeError):  # no home to keep it in: this process alone has the library
             _keep(built, _place(key))
+            return _load_kept(_place(key))
         return CDLL(str(built))
 
 
@@ -101,11 +103,22 @@ def _keep(built: Path, kept: Path) -> None:
     """Copy the library at once: other processes see it whole or not at all."""
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as beside:
-        Path(shutil.copy(built, beside)).replace(kept)
+        copy = Path(shutil.copy(built, beside))
+        with copy.open("ab") as file:
+            file.write(hashlib.sha256(built.read_bytes()).digest())
+        copy.replace(kept)
+
+
+def _load_kept(kept: Path) -> CDLL:
+    """Load a library that is whole: of half a one, say after a crash of the machine, the process would die (SIGBUS)."""
+    content = kept.read_bytes()
+    if hashlib.sha256(content[:-_DIGEST_BYTES]).digest() != content[-_DIGEST_BYTES:]:
+        raise OSError(f"{kept} is damaged")
+    return CDLL(str(kept))
 
 
 def _compile(compiler: str, sources: Sequence[Path], folder: Path) -> Path:
-    # Linked without an OpenMP library: PyTorch's own, which the process has already, brings its threads.
+    # Linked without an OpenMP library, see threads.h.
     _run([compiler, *_OPTIONS, "-c", *map(str, sources)], folder)
     _run([compiler, "-shared", "-o", "kernels.so", *(path.with_suffix(".o").name for path in sources)], folder)
     return folder / "kernels.so"

@@ -2,6 +2,7 @@
 //
 // A lane of a vector holds one row of x, and a register the sums of LANES rows with one row of W. So every sum runs over K in
 // order, whatever the batch is: a row has the same bits in every batch. x is packed so that rows lie side by side.
+#include "threads.h"
 #include "vectors.h"
 
 constexpr long COLUMNS = 12;  // rows of W at a time: with two vectors of rows 24 sums, of 32 registers
@@ -101,29 +102,24 @@ static void multiply_all(const T* x, const T* w, const T* bias, T* y, long M, lo
     constexpr long HEIGHT = 2 * LANES;
     const long depth = K / Packed<T>::TERMS, blocks = (M + HEIGHT - 1) / HEIGHT;
     const long tiles = (N + COLUMNS - 1) / COLUMNS;
-#pragma omp parallel num_threads(threads)
-    {
-        // A block of at most LANES rows is packed as one vector; padding is zero.
-#pragma omp for
-        for (long part = 0; part < blocks * 8; part++) {
-            const long block = part / 8, begin = depth * (part % 8) / 8, end = depth * (part % 8 + 1) / 8;
-            const long rows = M - block * HEIGHT < HEIGHT ? M - block * HEIGHT : HEIGHT;
-            pack(x + block * HEIGHT * x_stride, x_stride, rows, rows <= LANES ? LANES : HEIGHT, begin, end,
-                 packed + block * HEIGHT * depth);
-        }
-#pragma omp for schedule(static)
-        for (long share = 0; share < threads; share++) {
-            const long begin = tiles * share / threads * COLUMNS, stop = tiles * (share + 1) / threads * COLUMNS;
-            const long end = stop < N ? stop : N;
-            for (long first = begin; first < end; first += STRIP)
-                for (long block = 0; block < blocks; block++) {
-                    const long last = first + STRIP < end ? first + STRIP : end;
-                    const long rows = M - block * HEIGHT < HEIGHT ? M - block * HEIGHT : HEIGHT;
-                    auto run = rows <= LANES ? strip<T, 1> : strip<T, 2>;
-                    run(packed + block * HEIGHT * depth, w, bias, y + block * HEIGHT * N, rows, N, K, first, last);
-                }
-        }
-    }
+    // A block of at most LANES rows is packed as one vector; padding is zero.
+    by_threads(threads, blocks * 8, [&](long part) {
+        const long block = part / 8, begin = depth * (part % 8) / 8, end = depth * (part % 8 + 1) / 8;
+        const long rows = M - block * HEIGHT < HEIGHT ? M - block * HEIGHT : HEIGHT;
+        pack(x + block * HEIGHT * x_stride, x_stride, rows, rows <= LANES ? LANES : HEIGHT, begin, end,
+             packed + block * HEIGHT * depth);
+    });
+    by_threads(threads, threads, [&](long share) {
+        const long begin = tiles * share / threads * COLUMNS, stop = tiles * (share + 1) / threads * COLUMNS;
+        const long end = stop < N ? stop : N;
+        for (long first = begin; first < end; first += STRIP)
+            for (long block = 0; block < blocks; block++) {
+                const long last = first + STRIP < end ? first + STRIP : end;
+                const long rows = M - block * HEIGHT < HEIGHT ? M - block * HEIGHT : HEIGHT;
+                auto run = rows <= LANES ? strip<T, 1> : strip<T, 2>;
+                run(packed + block * HEIGHT * depth, w, bias, y + block * HEIGHT * N, rows, N, K, first, last);
+            }
+    });
 }
 
 #define LINEAR(dtype, T)                                                                                                        \

@@ -82,8 +82,19 @@ template <class T> inline void store_up_to(T* to, Floats x, long count) {
     else store_some(to, x, count);
 }
 
-// Sums of four vectors, side by side.
 typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
+
+// Entries of both vectors, of which b's are numbered from 4; GCC before 12 lacks Clang's name for it.
+template <int I, int J, int K, int L> inline Four pick(Four a, Four b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, I, J, K, L);
+#else
+    return __builtin_shuffle(a, b, FourInts{I, J, K, L});
+#endif
+}
+
+// Sums of four vectors, side by side.
 inline Four folded(Floats x) {
     Four parts[LANES / 4];
     std::memcpy(parts, &x, sizeof x);
@@ -93,18 +104,18 @@ inline Four folded(Floats x) {
 }
 inline Four sums_of(Floats a, Floats b, Floats c, Floats d) {
     Four p = folded(a), q = folded(b), r = folded(c), s = folded(d);
-    Four pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
-    Four rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
-    return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
+    Four pq = pick<0, 4, 1, 5>(p, q) + pick<2, 6, 3, 7>(p, q);
+    Four rs = pick<0, 4, 1, 5>(r, s) + pick<2, 6, 3, 7>(r, s);
+    return pick<0, 1, 4, 5>(pq, rs) + pick<2, 3, 6, 7>(pq, rs);
 }
 // Turns rows into columns.
 inline void transpose(Four& a, Four& b, Four& c, Four& d) {
-    Four p = __builtin_shufflevector(a, b, 0, 4, 1, 5), q = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    Four r = __builtin_shufflevector(c, d, 0, 4, 1, 5), s = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    a = __builtin_shufflevector(p, r, 0, 1, 4, 5);
-    b = __builtin_shufflevector(p, r, 2, 3, 6, 7);
-    c = __builtin_shufflevector(q, s, 0, 1, 4, 5);
-    d = __builtin_shufflevector(q, s, 2, 3, 6, 7);
+    Four p = pick<0, 4, 1, 5>(a, b), q = pick<2, 6, 3, 7>(a, b);
+    Four r = pick<0, 4, 1, 5>(c, d), s = pick<2, 6, 3, 7>(c, d);
+    a = pick<0, 1, 4, 5>(p, r);
+    b = pick<2, 3, 6, 7>(p, r);
+    c = pick<0, 1, 4, 5>(q, s);
+    d = pick<2, 3, 6, 7>(q, s);
 }
 // Copies a square of 4 x 4 numbers, or of pairs of bfloat16, transposed.
 inline void transpose(const void* from, long from_bytes, void* to, long to_bytes) {

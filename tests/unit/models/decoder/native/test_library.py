@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import pwd
 import shutil
@@ -50,31 +51,36 @@ def test_a_compiler_that_fails_is_quoted_and_pytorch_computes(monkeypatch, caplo
 
 @pytest.mark.skipif(module.library() is None, reason="needs a C++ compiler")
 def test_the_library_is_compiled_once_and_again_where_it_is_damaged_or_cannot_be_kept(monkeypatch, tmp_path):
-    compiled = []
+    compiled, built = [], Path(module.library()._name).read_bytes()
 
     def compile_library(compiler, sources, folder):
         compiled.append([path.name for path in sources])
-        return shutil.copy(module.library()._name, folder / "kernels.so")
+        (folder / "kernels.so").write_bytes(built)
+        return folder / "kernels.so"
 
     monkeypatch.setattr(module, "_compile", compile_library)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert isinstance(_make(), CDLL) and isinstance(_make(), CDLL)
     assert compiled == [["attention.cpp", "draw.cpp", "elementwise.cpp", "products.cpp"]]
     [kept] = (tmp_path / ".cache" / "qwench").iterdir()
-    damaged = tmp_path / "other" / ".cache" / "qwench" / kept.name
-    damaged.parent.mkdir(parents=True)
-    damaged.write_bytes(b"half")
-    monkeypatch.setenv("HOME", str(tmp_path / "other"))
-    assert isinstance(_make(), CDLL)
-    assert len(compiled) == 2
-    assert damaged.read_bytes() == kept.read_bytes() == Path(module.library()._name).read_bytes()
+    whole = kept.read_bytes()
+    assert whole == built + hashlib.sha256(built).digest()
+    for half in (b"", whole[:5000], whole[: len(whole) // 2], whole[:-1]):
+        kept.unlink()  # this process has loaded it
+        kept.write_bytes(half)
+        assert isinstance(_make(), CDLL)
+        assert kept.read_bytes() == whole
+    assert len(compiled) == 5
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_load_kept", lambda kept: CDLL(str(kept / "no file")))
+        assert isinstance(_make(), CDLL)  # where files of the home cannot be executed
     (tmp_path / "file").touch()
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     assert isinstance(_make(), CDLL)
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a user without an entry has no home
     assert isinstance(_make(), CDLL)
-    assert len(compiled) == 4
+    assert len(compiled) == 8
 
 
 @pytest.mark.skipif(module.library() is None, reason="needs a C++ compiler")
@@ -89,6 +95,13 @@ def test_a_library_that_found_no_room_leaves_nothing_behind(monkeypatch, tmp_pat
     monkeypatch.setenv("HOME", str(tmp_path))
     assert isinstance(_make(), CDLL)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.skipif(module.library() is None or shutil.which("clang++") is None, reason="needs clang++ beside another compiler")
+def test_a_library_of_clang_finds_its_threads_in_pytorch(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "COMPILERS", ("clang++",))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert isinstance(_make(), CDLL)
 
 
 def test_engines_on_gpus_in_other_dtypes_or_with_equal_bits_do_without(monkeypatch):
