@@ -112,9 +112,10 @@ class EvalConfig:
 
     @property
     def key_flags(self) -> dict[str, str]:
-        """Return column of evaluation sets -> the flag that names it."""
+        """Return column of evaluation sets -> the flag that names it, or the file that may."""
         own = {"input_key": self.eval_input_key, "label_key": self.eval_label_key}
-        return {key: f"--{'' if name is None else 'eval-'}{key.replace('_', '-')}" for key, name in own.items()}
+        or_file = "" if self.eval_config is None else " or --eval-config"
+        return {key: f"--{'' if name is None else 'eval-'}{key.replace('_', '-')}{or_file}" for key, name in own.items()}
 
     @property
     def has_sets(self) -> bool:

@@ -84,6 +84,11 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
         ("key_flags", EvalConfig(), {"input_key": "--input-key", "label_key": "--label-key"}),
         ("key_flags", EvalConfig(eval_input_key="q"), {"input_key": "--eval-input-key", "label_key": "--label-key"}),
         ("key_flags", EvalConfig(eval_label_key="a"), {"input_key": "--input-key", "label_key": "--eval-label-key"}),
+        (
+            "key_flags",
+            EvalConfig(eval_label_key="a", eval_config=Path("sets.yaml")),
+            {"input_key": "--input-key or --eval-config", "label_key": "--eval-label-key or --eval-config"},
+        ),
         ("has_sets", EvalConfig(), False),
         ("has_sets", EvalConfig(**SETS), True),
         ("has_sets", EvalConfig(eval_config=Path("sets.yaml")), True),
