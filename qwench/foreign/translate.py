@@ -130,14 +130,12 @@ def to_groups(
     if not all(answered):
         raise QwenchError(f"group {answered.index([])} that the rollout function returned has no sample.")
     given = [getattr(group[0], "group_index", None) for group in answered]
-    free = _free_ids(given)
+    free, groups = _free_ids(given), dict[int, Group]()
     unnumbered = [one for group in answered for one in group if getattr(one, "index", 0) is None]
     free_samples = _free_ids([getattr(one, "index", None) for group in answered for one in group])
     for one in unnumbered:  # each is a separate execution
         one.index = next(free_samples)
-    groups = dict[int, Group]()
-    for group in answered:
-        wanted = getattr(group[0], "group_index", None)
+    for wanted, group in zip(given, answered, strict=True):
         samples = [from_foreign(one, like=(made_from or {}).get(id(one)), tokenizer=tokenizer) for one in group]
         group_id = next(free) if wanted is None or wanted in groups else wanted
         for sample in samples:

@@ -20,6 +20,8 @@ from qwench.engines.embedded.compute.sampler import Draws, draws_of
 from qwench.engines.embedded.scheduling.scheduler import StepPlan
 from qwench.engines.protocol import Scoring
 
+_NOTHING = np.zeros(0, dtype=np.int32)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunks:
@@ -108,9 +110,6 @@ class PackedStep:
             logit_rows=_logit_rows(plan),
             draws=draws_of(plan.sampling),
         )
-
-
-_NOTHING = np.zeros(0, dtype=np.int32)
 
 
 class BatchBuilder:

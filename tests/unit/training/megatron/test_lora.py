@@ -21,6 +21,7 @@ from qwench.training.megatron import lora
 from qwench.training.megatron.quantised_linear import QuantisedLinear, join
 from qwench.training.megatron.tensor_place import TensorPlace
 from tests.unit.config.architectures import QWEN3_4B
+from tests.unit.training.megatron.regions import replace_regions
 
 MODEL = replace(
     QWEN3_4B, num_layers=1, hidden_size=6, ffn_hidden_size=10, num_heads=8, num_kv_heads=4, head_dim=2, vocab_size=8
@@ -34,17 +35,7 @@ SELF = "model.layers.0.self_attn"
 
 @pytest.fixture(autouse=True)
 def regions(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gathered(x: Tensor, *, tensor_parallel_output_grad: bool) -> Tensor:
-        assert tensor_parallel_output_grad is True
-        return torch.cat([x, 3 * x])
-
-    for name, function in {
-        "copy_to_tensor_model_parallel_region": lambda x: 2 * x,
-        "gather_from_sequence_parallel_region": gathered,
-        "reduce_from_tensor_model_parallel_region": lambda x: 5 * x,
-        "reduce_scatter_to_sequence_parallel_region": lambda x: 7 * x[:2],
-    }.items():
-        monkeypatch.setattr(lora, name, function)
+    replace_regions(monkeypatch, lora)
 
 
 class Linear:

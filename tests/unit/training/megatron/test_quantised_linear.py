@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qwench.config.sections.lora import LoraConfig
 from qwench.models.megatron_names import rules
@@ -15,6 +15,7 @@ from qwench.training.megatron import quantised_linear
 from qwench.training.megatron.quantised_linear import QuantisedLinear, join
 from qwench.training.megatron.tensor_place import TensorPlace
 from tests.unit.config.architectures import QWEN3_4B
+from tests.unit.training.megatron.regions import replace_regions
 
 MODEL = replace(QWEN3_4B, hidden_size=6, ffn_hidden_size=10, num_heads=8, num_kv_heads=4, head_dim=2)
 ROWS = {"qkv": (8 + 2 * 4) * 2 // 2, "gate_up": 2 * 10 // 2}
@@ -57,18 +58,7 @@ def test_outputs_lie_as_the_layer_has_them() -> None:
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("name", ["linear_qkv.weight", "linear_proj.weight"])
 def test_an_output_is_the_product_over_the_ranks(name: str, split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def gathered(x: Tensor, *, tensor_parallel_output_grad: bool) -> Tensor:
-        assert tensor_parallel_output_grad is True
-        return torch.cat([x, 3 * x])
-
-    over = {
-        "copy_to_tensor_model_parallel_region": lambda x: 2 * x,
-        "gather_from_sequence_parallel_region": gathered,
-        "reduce_from_tensor_model_parallel_region": lambda x: 5 * x,
-        "reduce_scatter_to_sequence_parallel_region": lambda x: 7 * x[:2],
-    }
-    for region, function in over.items():
-        monkeypatch.setattr(quantised_linear, region, function)
+    replace_regions(monkeypatch, quantised_linear)
     linear, weight = layer_of(name, targets="down_proj")
     linear.sequence_parallel = split
     x = torch.randn(4, 1, weight.shape[1], generator=torch.Generator().manual_seed(1))
