@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -47,6 +47,10 @@ class EmbeddedSettings:
         """Tell whether the C++ kernels compute; the first call of a process may compile them."""
         suits = torch.device(self.device).type == "cpu" and not self.batch_invariant and self.resolved_dtype in DTYPES
         return suits and self.sizes.embedded_native_kernels and library() is not None
+
+    def of_ranks(self) -> EmbeddedSettings:
+        """Return the settings of all ranks: where rank 0 lacks the C++ kernels, each would draw other tokens with its own."""
+        return replace(self, sizes=replace(self.sizes, embedded_native_kernels=self.resolved_native))
 
     @property
     def resolved_dtype(self) -> torch.dtype:

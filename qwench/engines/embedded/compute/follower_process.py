@@ -18,6 +18,7 @@ from qwench.engines.embedded.compute.ranks import RankGroup, Shard
 from qwench.engines.embedded.compute.runner import Runner
 from qwench.engines.embedded.compute.weights import WeightStore
 from qwench.engines.embedded.settings import EmbeddedSettings
+from qwench.errors import EngineError
 from qwench.models.architecture import Architecture
 from qwench.threads import daemon
 from qwench.wire.flat_bucket import TensorEntry, size_bytes, unflatten
@@ -61,12 +62,20 @@ def follow(
 
 
 def _work(pipe: Connection, model: Architecture, settings: EmbeddedSettings, shard: Shard, port: int) -> None:
-    """Join the ranks, and call what rank 0 names."""
+    """Join the ranks, and call what rank 0 names.
+
+    Raises:
+        EngineError: it cannot compute as rank 0 does.
+    """
     device = torch.device(settings.device)
     if device.type == "cuda":
         device = torch.device("cuda", shard.rank)
         torch.cuda.set_device(device)
     settings = replace(settings, device=str(device))
+    if settings.sizes.embedded_native_kernels and not settings.resolved_native:
+        raise EngineError(
+            "rank 0 has the C++ kernels and this rank cannot load them; --no-embedded-native-kernels does without"
+        )
     store = reach_store(HOST, port, timeout_s=START_TIMEOUT_S)
     pipe.send(None)  # see Followers._wait_for_start
     ranks = RankGroup(store, shard=shard, device=device)

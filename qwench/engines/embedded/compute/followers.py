@@ -63,6 +63,7 @@ class Followers:
             EngineError: a rank did not start.
         """
         _check(architecture, settings)
+        settings = settings.of_ranks()
         self._ended = "a rank of the engine does not answer."
         self._has_ended = threading.Event()
         self._left_at: float | None = None

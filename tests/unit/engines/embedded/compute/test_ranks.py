@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from qwench.engines.embedded.compute import followers
+from qwench.engines.embedded import settings as settings_module
+from qwench.engines.embedded.compute import follower_process, followers
 from qwench.engines.embedded.compute.followers import Followers
 from qwench.engines.embedded.compute.ranks import RankGroup, Shard
 from qwench.engines.embedded.engine import EmbeddedEngine
@@ -78,6 +79,27 @@ def test_two_ranks_sample_the_tokens_of_one_with_the_same_log_probs():
     assert [result.output_ids for result in one] == [result.output_ids for result in two]
     for alone, divided in zip(one, two, strict=True):
         assert divided.log_probs == pytest.approx(alone.log_probs, abs=1e-5)
+
+
+def test_ranks_draw_with_the_kernels_of_rank_0_or_do_not_start(monkeypatch):
+    """With others they would wait for tokens that rank 0 does not send."""
+    told, model = [], architecture_of(make_model("qwen3").config)
+
+    def process(*, args, **_):
+        told.append(args[3])
+        raise InterruptedError
+
+    monkeypatch.setattr(followers._context, "Process", process)
+    for loaded in (None, object()):
+        monkeypatch.setattr(settings_module, "library", lambda loaded=loaded: loaded)
+        with pytest.raises(InterruptedError):
+            Followers(model, settings_of(num_devices=2))
+    assert [one.sizes.embedded_native_kernels for one in told] == [False, True]
+    assert told[1].resolved_native and not told[0].resolved_native
+    monkeypatch.setattr(settings_module, "library", lambda: None)
+    ours, _ = multiprocessing.Pipe()
+    with ours, pytest.raises(EngineError, match=r"rank 0 has the C\+\+ kernels .* --no-embedded-native-kernels"):
+        follower_process._work(ours, model, told[1], Shard(rank=1, size=2), 0)
 
 
 def test_a_rank_that_dies_fails_the_requests_and_the_engine():
