@@ -30,7 +30,7 @@ from qwench.checkpoints.folders import (
 from qwench.checkpoints.formats.iterations import Iterations
 from qwench.checkpoints.manifest import amend_manifest, read_manifest, write_manifest
 from qwench.checkpoints.saved import Saved, newest_whole, sources
-from qwench.checkpoints.starting import ReferenceRun, SavesRollouts, SavesTraining, begin, read_reference_run
+from qwench.checkpoints.starting import ForeignRun, SavesRollouts, SavesTraining, begin, read_foreign_run
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import CheckpointError, ConfigError, counted
 from qwench.files import readable_size, trouble, written
@@ -127,21 +127,21 @@ class CheckpointManager:
         return None
 
     @cached_property
-    def reference_run(self) -> ReferenceRun | None:
+    def foreign_run(self) -> ForeignRun | None:
         """The run of slime or miles that goes on here; None: there is none, or a checkpoint of ours comes first.
 
         Raises:
-            ConfigError: see `read_reference_run`.
+            ConfigError: see `read_foreign_run`.
         """
-        return None if self.saved is not None else read_reference_run(self._config)
+        return None if self.saved is not None else read_foreign_run(self._config)
 
     def train_steps(self, rollout_id: int) -> int:
         """Return how many optimizer steps come before a rollout, those of the run before a resume counted in."""
         first, steps = 0, 0
         if self.saved is not None:
             first, steps = self.saved.iteration, self.saved.train_steps(self._steps_per_rollout)
-        elif self.reference_run is not None:
-            first, steps = self.reference_run.next_rollout_id, self.reference_run.num_steps or 0
+        elif self.foreign_run is not None:
+            first, steps = self.foreign_run.next_rollout_id, self.foreign_run.num_steps or 0
         return steps + (rollout_id - first) * self._steps_per_rollout
 
     def restore(self, learner: SavesTraining, rollouts: SavesRollouts) -> int:
@@ -158,7 +158,7 @@ class CheckpointManager:
             if saved.is_own:
                 self._export_again(saved.iteration - 1, learner)
             return saved.iteration
-        return begin(self._config, self.reference_run, learner, rollouts)
+        return begin(self._config, self.foreign_run, learner, rollouts)
 
     @property
     def ended_by(self) -> str | None:

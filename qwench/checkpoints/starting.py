@@ -30,7 +30,7 @@ _CURSOR = {"epoch_id": "epoch", "sample_offset": "offset", "sample_group_index":
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReferenceRun:
+class ForeignRun:
     """Progress of the run that wrote `folder`."""
 
     folder: Path
@@ -57,7 +57,7 @@ class ReferenceRun:
         return lines
 
 
-def read_reference_run(config: CheckpointConfig) -> ReferenceRun | None:
+def read_foreign_run(config: CheckpointConfig) -> ForeignRun | None:
     """Return the run whose checkpoint --load holds; None: it holds our run's, only weights, or nothing.
 
     Raises:
@@ -71,7 +71,7 @@ def read_reference_run(config: CheckpointConfig) -> ReferenceRun | None:
         steps = read_num_steps(DcpFolder(folder)) if find_format(folder) == "torch_dist" and not config.no_load_optim else None
     except CheckpointError as error:
         raise ConfigError(f"--load: {error}") from error
-    return ReferenceRun(
+    return ForeignRun(
         folder=folder,
         next_rollout_id=rollout_id + 1 if config.start_rollout_id is None else config.start_rollout_id,
         num_steps=steps,
@@ -121,7 +121,7 @@ class SavesRollouts(Protocol):
         ...
 
 
-def begin(config: CheckpointConfig, run: ReferenceRun | None, learner: SavesTraining, rollouts: SavesRollouts) -> int:
+def begin(config: CheckpointConfig, run: ForeignRun | None, learner: SavesTraining, rollouts: SavesRollouts) -> int:
     """Load what --load names, if anything, and return the id of the first rollout.
 
     Args:

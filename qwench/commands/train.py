@@ -17,7 +17,7 @@ _BOTH: Mapping[str, tuple[str, ...]] = {
     "lr": ("1e-6",),
     "train-backend": ("megatron",),
 }
-REFERENCE_DEFAULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+SCRIPT_DEFAULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "train.py": _BOTH,
     "train_async.py": {**_BOTH, "rollouts-ahead": ("1",)},
 }
@@ -57,9 +57,9 @@ def run_sft(words: Sequence[str]) -> None:
 
 def run_train(words: Sequence[str]) -> None:
     """Do what slime's and miles' train.py does: generate and train in turn."""
-    run(words, more_defaults=REFERENCE_DEFAULTS["train.py"])
+    run(words, more_defaults=SCRIPT_DEFAULTS["train.py"])
 
 
 def run_train_async(words: Sequence[str]) -> None:
     """Do what slime's and miles' train_async.py does: generate one rollout ahead of training."""
-    run(words, more_defaults=REFERENCE_DEFAULTS["train_async.py"])
+    run(words, more_defaults=SCRIPT_DEFAULTS["train_async.py"])

@@ -202,7 +202,7 @@ def _differs(segments: Sequence[Segment], derive: Callable[[], list[Segment]]) -
         marked = derive()
     except ConfigError:
         return False
-    # Types of --loss-mask-type also train on the newline behind a turn, as the references do.
+    # Types of --loss-mask-type also train on the newline behind a turn, as slime and miles do.
     trained, expected = ([one.text.strip() for one in side if one.trained and one.text] for side in (segments, marked))
     return trained != expected
 

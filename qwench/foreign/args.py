@@ -39,14 +39,14 @@ ABSENT: dict[str, Foreign] = {
     "use_miles_router": False,
     "fully_async": False,
 }
-"""Flags of the references that Qwench has not -> the value that says so."""
+"""Flags of slime and miles that Qwench has not -> the value that says so."""
 
 
 def make_args(config: Config, plan: RunPlan, *, host: str, port: int) -> Namespace:
     """Return the namespace.
 
     Args:
-        host: and `port`: where the engines are reached, as behind the references' router.
+        host: and `port`: where the engines are reached, as behind slime's and miles' router.
     """
     args = Namespace(**ABSENT)
     args.__dict__.update(parse_declared(config))
@@ -86,7 +86,7 @@ def _set_passed(args: Namespace, prefix: str, words: tuple[str, ...]) -> None:
 
 
 def _set_derived(args: Namespace, config: Config, plan: RunPlan) -> None:
-    """Set what the references call by another name, and what they derive."""
+    """Set what slime and miles call by another name, and what they derive."""
     model, algorithm = plan.model, config.algorithm
     derived: dict[str, Any] = megatron_facts(model) | {
         "train_backend": config.backend,

@@ -44,7 +44,7 @@ _COLUMNS = {
     "advantages": "advantages",
     "returns": "advantages",
 }
-"""Key of a batch of the references -> column of a micro-batch."""
+"""Key of a batch of slime and miles -> column of a micro-batch."""
 
 
 def load_loss(path: str, api: PluginApi, args: Callable[[], Namespace]) -> tuple[LossFunction, bool]:
@@ -81,7 +81,7 @@ def load_correction(path: str, api: PluginApi, args: Callable[[], Namespace]) ->
 
 
 def load_reduction(path: str, api: PluginApi, *, per_token: bool) -> Reduce:
-    """Load a reduction of either convention: ours takes a loss, the references' makes the function that does.
+    """Load a reduction of either convention: ours takes a loss, theirs makes the function that does.
 
     Raises:
         ConfigError: it cannot be loaded, or has another signature.
@@ -98,7 +98,7 @@ def load_reduction(path: str, api: PluginApi, *, per_token: bool) -> Reduce:
 
 
 def foreign_loss(function: Function, args: Callable[[], Namespace]) -> LossFunction:
-    """Return a loss of logits that calls a function of the references."""
+    """Return a loss of logits that calls a function of slime and miles."""
 
     def loss(logits: Tensor, _entropy: Tensor | None, micro_batch: MicroBatch) -> TokenLoss:
         assert micro_batch.step_share is not None and micro_batch.loss_weights is not None, "the learner weighs a step"
@@ -126,7 +126,7 @@ def foreign_loss(function: Function, args: Callable[[], Namespace]) -> LossFunct
 
 
 def _batch(micro_batch: MicroBatch) -> dict[str, object]:
-    """Return a micro-batch under the names that the references give its parts."""
+    """Return a micro-batch under the names that slime and miles give its parts."""
     sequences = [int(length) for length in micro_batch.lengths]
     masks = [mask.int() for mask in responses(micro_batch.loss_mask, micro_batch)]
     batch: dict[str, object] = {
@@ -144,7 +144,7 @@ def _batch(micro_batch: MicroBatch) -> dict[str, object]:
 
 
 def foreign_correction(function: Function, args: Callable[[], Namespace]) -> Correct:
-    """Return a correction that calls a function of the references."""
+    """Return a correction that calls a function of slime and miles."""
 
     def correct(loss: Tensor, trainer_log_probs: Tensor, rollout_log_probs: Tensor, micro_batch: MicroBatch) -> Corrected:
         answer = function(
@@ -171,7 +171,7 @@ def foreign_correction(function: Function, args: Callable[[], Namespace]) -> Cor
 
 
 def foreign_reduction(function: Function, *, per_token: bool) -> Reduce:
-    """Return a reduction that calls the function which a function of the references makes for a micro-batch."""
+    """Return a reduction that calls the function which a function of slime and miles makes for a micro-batch."""
 
     def reduce(loss: Tensor, kept: Tensor, micro_batch: MicroBatch) -> Tensor:
         masks = [mask.to(loss.dtype) for mask in responses(kept, micro_batch)]

@@ -3,7 +3,7 @@
     fn(args, sample) -> number or record          one sample
     fn(args, samples) -> a list of them           with --group-rm, and for several samples of one generate call
 
-Functions of the references hold clients and semaphores of the engines' loop, so they run on it and not in worker processes; a
+Functions of slime and miles hold clients and semaphores of the engines' loop, so they run on it and not in worker processes; a
 plain function runs in a thread.
 """
 

@@ -1,6 +1,6 @@
 """The sample of slime and miles, and what functions return there: plain classes that take further attributes.
 
-Names, types and defaults are those of the references' `utils.types`, `rollout.base_types` and `filter_hub.base_types`.
+Names, types and defaults are those of slime's and miles' `utils.types`, `rollout.base_types` and `filter_hub.base_types`.
 """
 
 from __future__ import annotations

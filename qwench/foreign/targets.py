@@ -24,7 +24,7 @@ from qwench.plugins import Function, check_signature, guarded
 
 ADVANTAGE_FLAG = "--custom-advantage-function-path"
 AFTER_FLAG = "--rollout-data-postprocess-path"
-RolloutData = dict[str, Any]  # lists of tensors and numbers, by the references' names
+RolloutData = dict[str, Any]  # lists of tensors and numbers, by slime's and miles' names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +90,7 @@ def _takes_args_alone(function: Function) -> bool:
 
 
 def _view(batch: RolloutBatch) -> RolloutData:
-    """Return the batch under the references' names; tensors are copies that a function may change."""
+    """Return the batch under slime's and miles' names; tensors are copies that a function may change."""
     data: RolloutData = {
         "tokens": [tokens.clone() for tokens in batch.tokens],
         "total_lengths": [len(tokens) for tokens in batch.tokens],

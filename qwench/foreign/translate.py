@@ -1,4 +1,4 @@
-"""From our sample to the references' and back.
+"""From our sample to slime's and miles' and back.
 
     pending:  tokens are empty there, the prompt's here
     reward:   a number, or the record of our verdict
@@ -35,7 +35,7 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items() if theirs is not Sampl
 
 
 def to_foreign(sample: Sample, *, as_text: bool = True) -> ForeignSample:
-    """Return the sample as a function of the references knows it.
+    """Return the sample as a function of slime and miles knows it.
 
     Args:
         as_text: the prompt is the rendered text (--apply-chat-template); else the raw row.

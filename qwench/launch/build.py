@@ -281,7 +281,7 @@ def check_resumes(checkpoints: CheckpointManager, source: PromptFeed | SftSource
     Raises:
         ConfigError: it has done more rollouts than asked for, or read other data, or in another order.
     """
-    saved, other = checkpoints.saved, checkpoints.reference_run
+    saved, other = checkpoints.saved, checkpoints.foreign_run
     if saved is None:
         if other is not None and other.cursor is not None:
             _check_cursor(source, other.cursor, other.folder)

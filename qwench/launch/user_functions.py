@@ -234,7 +234,7 @@ def load_user_terms(config: Config, args: Callable[[], Namespace]) -> UserTerms:
 def open_user_session(
     inputs: Inputs, engines: EnginePool, sampling: Sampling, functions: UserFunctions, *, source: GroupSource | None
 ) -> Callable[[], None]:
-    """Give functions of the references what they share, and return what ends it."""
+    """Give functions of slime and miles what they share, and return what ends it."""
     if not functions.has_foreign:
         return lambda: None
     config = inputs.config

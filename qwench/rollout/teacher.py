@@ -174,7 +174,7 @@ def _tokens_of(url: str, text: str) -> list[int]:
 
 
 def server_url(url: str) -> str:
-    """Return the server's address of the URL of its /generate, which the references name."""
+    """Return the server's address of the URL of its /generate, which slime and miles name."""
     return url.rstrip("/").removesuffix("/generate")
 
 

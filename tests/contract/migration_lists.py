@@ -26,7 +26,7 @@ import pyarrow.parquet
 from transformers import PretrainedConfig, Qwen2Config
 
 from qwench.commands import train
-from qwench.commands.train import REFERENCE_DEFAULTS
+from qwench.commands.train import SCRIPT_DEFAULTS
 from qwench.errors import ConfigError
 from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.models.random_qwen3 import find_size
@@ -93,7 +93,7 @@ def is_wanted(entry: Mapping[str, Any], said: str | None) -> bool:
 
 def dry_run(program: str, words: Sequence[str]) -> str | None:
     """Return why a dry run refuses the words; None: it accepts them."""
-    defaults = REFERENCE_DEFAULTS.get(program, REFERENCE_DEFAULTS["train_async.py"])
+    defaults = SCRIPT_DEFAULTS.get(program, SCRIPT_DEFAULTS["train_async.py"])
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             train.run([*words, "--dry-run"], more_defaults=defaults)

@@ -1,4 +1,4 @@
-"""docs/migration.md says what the code does, and the references' programs mean what they mean there."""
+"""docs/migration.md says what the code does, and slime's and miles' programs mean what they mean there."""
 
 import re
 from dataclasses import replace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwench.commands.train import REFERENCE_DEFAULTS
+from qwench.commands.train import SCRIPT_DEFAULTS
 from qwench.config.command_line.flags import flag_table
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.config import Config
@@ -41,7 +41,7 @@ def test_the_table_for_users_of_trl_names_flags_that_exist():
 
 
 def read(program: str, words: list[str]) -> Config:
-    return parse_flags(Config, words, prog=program, defaults=REFERENCE_DEFAULTS[program])
+    return parse_flags(Config, words, prog=program, defaults=SCRIPT_DEFAULTS[program])
 
 
 def test_programs_have_the_defaults_of_the_references():
@@ -49,7 +49,7 @@ def test_programs_have_the_defaults_of_the_references():
         config = read(program, [])
         assert (config.cluster.actor_num_gpus_per_node, config.optimizer.lr, config.backend) == (8, 1e-6, "megatron")
         assert config.rollout.rollouts_ahead == ahead
-        for flag in REFERENCE_DEFAULTS[program]:
+        for flag in SCRIPT_DEFAULTS[program]:
             assert f"`--{flag}`" in PAGE
     assert read("train.py", ["--train-backend", "fsdp", "--actor-num-gpus-per-node", "2"]).cluster.world_size == 2
 

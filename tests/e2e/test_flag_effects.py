@@ -225,7 +225,7 @@ def test_sets_of_a_file_have_their_own_functions(workspace: Workspace, tmp_path:
             - {{name: of_run, path: "{workspace.test_data}@[0:3]"}}
             - {{name: ours, path: "{workspace.test_data}@[0:2]", custom_rm_path: tests.e2e.rewards.nothing,
                 custom_generate_function_path: tests.e2e.generation.two_quarters}}
-            - {{name: theirs, path: "{workspace.test_data}@[0:2]", custom_rm_path: tests.e2e.reference_functions.one_point}}
+            - {{name: theirs, path: "{workspace.test_data}@[0:2]", custom_rm_path: tests.e2e.foreign_functions.one_point}}
         """
     )
     flags = {"eval_prompt_data": None, "eval_config": tmp_path / "sets.yaml", **DIGITS}

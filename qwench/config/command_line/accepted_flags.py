@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from qwench.config.command_line.foreign_flag import ANY, OFF, ON, ForeignFlag, flags
 
-CI = "it belongs to the reference's own test harness"
+CI = "it belongs to slime's and miles' own test harness"
 ARCHITECTURE = "config.json describes the architecture"
 BUFFER_SERVER = "rollouts come from the engines, not from a buffer server"
 MEGATRON_LOOP = "it belongs to Megatron's own training loop, which slime and miles never run"
@@ -286,7 +286,7 @@ ACCEPTED: tuple[ForeignFlag, ...] = (
     ),
     *flags(
         ANY,
-        "the references have removed it",
+        "slime and miles have removed it",
         """
         offload-old-actor offload-ref experimental-offload offload-train-mode disable-weights-backuper
         ref-micro-batch-size disable-recompute-loss-function use-hf-config-for-megatron use-http2 use-token-output

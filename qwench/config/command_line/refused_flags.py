@@ -62,7 +62,7 @@ REFUSED: tuple[ForeignFlag, ...] = (
     ),
     *flags(
         NEVER,
-        "it reads or writes comparison files of the references' own tests",
+        "it reads or writes comparison files of slime's and miles' own tests",
         """
         ci-save-grad-norm ci-load-grad-norm ci-save-model-hash ci-check-model-hash ci-ft-test-actions
         ci-inject-rollout-data-path ci-inject-rollout-data-start-rollout-id ci-inject-rollout-data-min-match-ratio
@@ -175,7 +175,7 @@ REFUSED: tuple[ForeignFlag, ...] = (
     *flags(NEVER, "the batch size is constant; use --global-batch-size", "rampup-batch-size"),
     *flags(
         NEVER,
-        "the references have removed it; use --dynamic-sampling-filter-path or --buffer-filter-path",
+        "slime and miles have removed it; use --dynamic-sampling-filter-path or --buffer-filter-path",
         """
         agent-rollout-buffer-url buffer-read-function-path buffer-write-function-path diversity-sampling-filter-path
         over-sampling-filter-path partial-rollout-filter-path partial-rollout-min-response-length

@@ -1,4 +1,4 @@
-"""Training data that a function of the references makes of a rollout."""
+"""Training data that a function of slime and miles makes of a rollout."""
 
 from argparse import Namespace
 
@@ -28,7 +28,7 @@ def convert(function, rollout: Rollout = ROLLOUT) -> Rollout:
 
 
 def as_there(args, samples):
-    """Convert like the built-in function of the references, with rewards around their mean."""
+    """Convert like the built-in function of slime and miles, with rewards around their mean."""
     assert args is ARGS
     raw = [one.reward for one in samples]
     return {

@@ -1,4 +1,4 @@
-"""Data sources of the references' convention hand out the prompts of a run."""
+"""Data sources of slime's and miles' convention hand out the prompts of a run."""
 
 import json
 from argparse import Namespace

@@ -1,4 +1,4 @@
-"""The stand-ins of the references' graders answer in their form."""
+"""The stand-ins of slime's and miles' graders answer in their form."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Losses, corrections and reductions of the references' convention, in steps of a learner."""
+"""Losses, corrections and reductions of slime's and miles' convention, in steps of a learner."""
 
 from argparse import Namespace
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The references' mask generator gives the tokens and masks of --loss-mask-type."""
+"""Slime's and miles' mask generator gives the tokens and masks of --loss-mask-type."""
 
 from qwench.foreign.built_in import MultiTurnLossMaskGenerator
 from qwench.models.built_tokenizers import build_small_tokenizer

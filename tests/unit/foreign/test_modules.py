@@ -1,4 +1,4 @@
-"""Stand-ins of small functions of the references."""
+"""Stand-ins of small functions of slime and miles."""
 
 import asyncio
 from argparse import Namespace

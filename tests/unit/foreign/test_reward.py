@@ -1,4 +1,4 @@
-"""Rewards of the references' convention."""
+"""Rewards of slime's and miles' convention."""
 
 import asyncio
 

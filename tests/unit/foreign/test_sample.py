@@ -1,4 +1,4 @@
-"""The references' sample."""
+"""Slime's and miles' sample."""
 
 from argparse import Namespace
 from copy import deepcopy

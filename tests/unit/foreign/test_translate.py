@@ -1,4 +1,4 @@
-"""Samples to the references' form and back."""
+"""Samples to slime's and miles' form and back."""
 
 from dataclasses import replace
 
@@ -161,7 +161,7 @@ def test_samples_without_an_index_are_executions_of_their_own():
         ([None, None, None], [0, 1, 2]),
         ([2, 1, 0], [2, 1, 0]),  # group 0 is one like the others
         ([1, None, 0], [1, 2, 0]),
-        ([5, 5, 0], [5, 6, 0]),  # each inner list is a group, as in the references
+        ([5, 5, 0], [5, 6, 0]),  # each inner list is a group, as in slime and miles
     ],
 )
 def test_no_two_groups_of_a_rollout_get_one_id(given, expected):

@@ -139,7 +139,7 @@ def checkpoints_with(*, saved: dict[str, object] | None, other: dict[str, int] |
     folder = Path("run/iter_0000001")
     return SimpleNamespace(
         saved=saved and SimpleNamespace(folder=folder, rollouts=saved, check_length=lambda num_rollout: None),
-        reference_run=other and SimpleNamespace(folder=Path("other"), cursor=other),
+        foreign_run=other and SimpleNamespace(folder=Path("other"), cursor=other),
     )
 
 

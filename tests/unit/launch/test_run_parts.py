@@ -309,7 +309,7 @@ def test_a_source_of_the_user_goes_on_from_its_own_folder_and_a_shorter_run_is_s
         check_length=lambda number: lengths.append(number) or "is done",
     )
     with caplog.at_level("INFO"):
-        build.check_resumes(SimpleNamespace(saved=saved, reference_run=None), source, num_rollout=2)
+        build.check_resumes(SimpleNamespace(saved=saved, foreign_run=None), source, num_rollout=2)
     assert (resumed, lengths) == ([Path("run")], [2]) and caplog.messages == ["is done"]
 
 

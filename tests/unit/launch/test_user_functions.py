@@ -1,4 +1,4 @@
-"""The user's functions in the policy loss, and the session of those of the references' convention."""
+"""The user's functions in the policy loss, and the session of those of slime's and miles' convention."""
 
 import asyncio
 import socket

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwench.checkpoints.formats.torch_dist import MOMENT_PREFIXES
-from qwench.checkpoints.starting import ReferenceRun, read_reference_run
+from qwench.checkpoints.starting import ForeignRun, read_foreign_run
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import ConfigError
 from qwench.training.resuming import save_tensors
@@ -40,8 +40,8 @@ def write_optimizer(folder: Path, *, step: int | None) -> None:
     torch.save({"iteration": 7, "optimizer": {"optimizer": group}}, folder / "common.pt")
 
 
-def read(folder: Path, **flags: object) -> ReferenceRun:
-    run = read_reference_run(CheckpointConfig(load=folder, **flags))
+def read(folder: Path, **flags: object) -> ForeignRun:
+    run = read_foreign_run(CheckpointConfig(load=folder, **flags))
     assert run is not None
     return run
 
@@ -59,7 +59,7 @@ def test_flags_choose_what_is_taken_over(slime: Path) -> None:
     assert (without.next_rollout_id, without.num_steps) == (3, None)
     assert any("optimizer is not taken over" in line for line in without.notices())
     assert manager_of(load=slime, no_load_optim=True).train_steps(9) == 1
-    assert read_reference_run(CheckpointConfig(load=slime, finetune=True)) is None
+    assert read_foreign_run(CheckpointConfig(load=slime, finetune=True)) is None
     assert read(slime, ckpt_step=7).folder.name == "iter_0000007"
 
 
@@ -106,10 +106,10 @@ def test_an_optimizer_of_one_layout_is_refused_with_both_ways_out(slime: Path) -
 def test_a_converted_model_is_no_run(slime: Path) -> None:
     (slime / "iter_0000007").rename(slime / "release")
     (slime / "latest_checkpointed_iteration.txt").write_text("release")
-    assert read_reference_run(CheckpointConfig(load=slime)) is None
+    assert read_foreign_run(CheckpointConfig(load=slime)) is None
 
 
 def test_a_checkpoint_of_a_run_here_comes_first(slime: Path, tmp_path: Path) -> None:
     flags = {"load": slime, "save": tmp_path / "run"}
     save_all(manager_of(**flags), 9)
-    assert manager_of(**flags).reference_run is None
+    assert manager_of(**flags).foreign_run is None

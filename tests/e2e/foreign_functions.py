@@ -1,4 +1,4 @@
-"""Functions as users of slime and miles write them; test_reference_functions names them by import path.
+"""Functions as users of slime and miles write them; test_foreign_functions names them by import path.
 
 Each appends what it saw to the file of the environment variable CALLS.
 """
@@ -271,7 +271,7 @@ def reduce_by_constant(total_lengths, response_lengths, loss_masks, calculate_pe
 
 
 def clipped_loss(args, batch, logits, sum_of_sample_mean):
-    """Compute the clipped policy loss from logits, as a loss of the references does."""
+    """Compute the clipped policy loss from logits, as a loss of slime and miles does."""
     assert logits.dim() == 3 and logits.dtype == torch.float32
     logits, log_probs, end = logits.squeeze(0) / args.rollout_temperature, [], 0
     for tokens, total, length in zip(batch["unconcat_tokens"], batch["total_lengths"], batch["response_lengths"], strict=True):
@@ -285,7 +285,7 @@ def clipped_loss(args, batch, logits, sum_of_sample_mean):
 
 
 class HardestFirst(RolloutDataSource):
-    """Extend the references' own source: every prompt gets a mark, and the positions are noted."""
+    """Extend slime's and miles' own source: every prompt gets a mark, and the positions are noted."""
 
     def get_samples(self, num_samples):
         groups = super().get_samples(num_samples)

@@ -1,4 +1,4 @@
-"""Functions of slime's and miles' signatures run unchanged in a real rollout (tests/e2e/reference_functions.py)."""
+"""Functions of slime's and miles' signatures run unchanged in a real rollout (tests/e2e/foreign_functions.py)."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from tests.fakes import cuda_stand_in
 from tests.forked import Forked, fork_qwench
 from tests.verbs import run_verb, run_verb_without_cuda
 
-MODULE = "tests.e2e.reference_functions"
+MODULE = "tests.e2e.foreign_functions"
 
 
 def run(workspace: Workspace, folder: Path, **flags: object) -> dict[str, list[dict]]:
