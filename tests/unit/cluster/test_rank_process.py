@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pickle
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from qwench.cluster import child, rank_process
+from qwench.cluster import rank_process
 from qwench.cluster.messages import Answer, Call, Failure
 
 CALL = Call(method="learn", arguments=(1,))
@@ -61,18 +60,3 @@ def test_signs_of_life_are_given_until_their_file_is_gone(monkeypatch, tmp_path)
     monkeypatch.setattr(rank_process, "time", clock)
     rank_process._beat(file)
     assert seen == [(now, now, rank_process.HEARTBEAT_S) for now in (10**9, 3 * 10**9)]
-
-
-def test_the_end_of_a_process_is_told_by_its_code_or_its_signal():
-    assert [child.describe_end(code) for code in (0, 3, -15, -9)] == [
-        "ended with exit code 0", "ended with exit code 3", "was ended by SIGTERM",
-        "was ended by SIGKILL (the kernel does that when memory runs out)",
-    ]  # fmt: skip
-
-
-def test_a_line_of_a_log_that_cannot_be_written_is_lost_alone(tmp_path):
-    child._append(tmp_path / "log", "a\n")
-    child._append(tmp_path / "log", "\ud800b\n")
-    child._append(Path("/dev/full"), "c\n")
-    child._append(tmp_path / "no folder/log", "d\n")
-    assert (tmp_path / "log").read_text() == "a\n?b\n"
