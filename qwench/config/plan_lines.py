@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from qwench.config.config import Config
 from qwench.config.devices import DevicePlan
 from qwench.config.plan import RunPlan, train_dtype
+from qwench.config.sections.evaluation import EvalConfig
 from qwench.errors import counted
 from qwench.models.memory import gib, num_adapter_parameters, num_parameters
 
@@ -19,6 +20,8 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
         yield from _rollout_lines(config, plan)
     for one in plan.eval_sets:
         yield f"evaluation set {one.name}: {one.path}, {counted(one.n_samples_per_eval_prompt, 'response')} a prompt"
+    if devices.trains and plan.eval_sets:
+        yield f"evaluations: {_evaluations(config.evaluation)}"
     if devices.trains and devices.generates:
         yield f"devices: {'shared by trainer and engines' if devices.shared else 'trainer and engines apart'}"
     if devices.generates:
@@ -49,6 +52,13 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
             f"{gib(held.gradients)} gradients, {gib(held.optimizer)} optimizer), {gib(held.host)} GiB on the host"
         )
         yield f"computation: {_giga(plan.cost.linear * plan.train_passes)} GFLOP a trained token, without attention"
+
+
+def _evaluations(evaluation: EvalConfig) -> str:
+    """Say when a run evaluates, as `Schedule.eval_due` decides."""
+    interval = evaluation.eval_interval
+    later = "after the last rollout" if interval is None else f"after every {counted(interval, 'rollout')}"
+    return later if evaluation.skip_eval_before_train else f"before the first rollout, and {later}"
 
 
 def _reference(config: Config, plan: RunPlan) -> str:

@@ -68,7 +68,12 @@ FROZEN = DistillationConfig(use_opd=True, opd_type="megatron", opd_teacher_load=
                 "devices: trainer and engines apart",
                 "engines: embedded (the default), 2 engines of 2 devices",
                 "evaluation set a: a.jsonl, 1 response a prompt",
+                "evaluations: before the first rollout, and after the last rollout",
             ],
+        ),
+        (
+            {"evaluation": EvalConfig(eval_prompt_data=("a", "a.jsonl"), eval_interval=5, skip_eval_before_train=True)},
+            ["evaluations: after every 5 rollouts"],
         ),
         (
             {"engine": EngineConfig(rollout_external_engine_addrs=("h:1",), rollout_engine="sglang", engine_reason="asked")},
