@@ -180,7 +180,7 @@ class Evaluator:
         for result in results:
             metrics.update(result.metrics(with_pass_rates=self._log_passrate))
             verdicts = [sample.verdict for sample in result.samples if sample.verdict is not None]
-            if (reason := degenerate_reason(verdicts)) is not None:
+            if (reason := degenerate_reason(verdicts, length_flag="--eval-max-response-len")) is not None:
                 _logger.warning("evaluation of %s: %s", result.name, reason)
         return metrics
 

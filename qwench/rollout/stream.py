@@ -145,7 +145,8 @@ class GeneratingStream(ABC):
         if not self._check_rewards:
             return
         self._check_rewards = False
-        reason = degenerate_reason([sample.verdict for sample in rollout.samples if sample.verdict is not None])
+        verdicts = [sample.verdict for sample in rollout.samples if sample.verdict is not None]
+        reason = degenerate_reason(verdicts, length_flag="--rollout-max-response-len")
         if reason is not None:
             raise RewardError(f"rollout {rollout.rollout_id}: {reason}. To train nevertheless pass --allow-degenerate-rewards.")
 

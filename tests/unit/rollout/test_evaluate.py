@@ -72,6 +72,7 @@ def test_rewards_that_are_broken_rather_than_low_are_said(caplog):
     run([eval_set("s", "abcd")], lambda sample: Verdict(score=0.0, reason="no_box"))
     (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert message.startswith("evaluation of s: 4 of 4 responses got no reward for the same reason, 'no_box': no \\boxed{...}")
+    assert "raise --eval-max-response-len until responses end" in message
     assert "--allow-degenerate-rewards" not in message, "an evaluation goes on without it"
     caplog.clear()
     run([eval_set("s", "abcd")], lambda sample: 0.0)
