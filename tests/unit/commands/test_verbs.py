@@ -18,6 +18,7 @@ from qwench.config.config import Config
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.lora import LoraConfig
 from qwench.errors import ConfigError, OutputError
+from qwench.models import built_tokenizers, random_qwen3
 from qwench.training import process_group
 
 PLAN = SimpleNamespace(devices=SimpleNamespace(trains=True))
@@ -128,8 +129,8 @@ def test_a_model_of_random_weights_is_said_and_a_full_disk_names_the_flag(monkey
             raise OSError(28, "No space left on device")
         return SimpleNamespace(model_type="qwen3", num_hidden_layers=4, hidden_size=64, dtype="bfloat16")
 
-    monkeypatch.setattr(make_model, "make_checkpoint", make)
-    monkeypatch.setattr(make_model, "build_qwen_tokenizer", lambda path: [path] * 9)
+    monkeypatch.setattr(random_qwen3, "make_checkpoint", make)
+    monkeypatch.setattr(built_tokenizers, "build_qwen_tokenizer", lambda path: [path] * 9)
     words = ["--size", "tiny", "--seed", "3", "--output"]
     make_model.run([*words, str(tmp_path / "a"), "--tokenizer", "qwen"])
     assert capsys.readouterr().out == (
