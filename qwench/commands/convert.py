@@ -36,6 +36,8 @@ _DTYPES: Mapping[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": tor
 def run(words: Sequence[str]) -> None:
     """Run `qwench convert`."""
     config = parse_flags(ConvertConfig, words, prog="qwench convert")
+    if not config.input.is_dir():
+        raise ConfigError(f"--input: there is no folder {config.input}")
     source = find_checkpoint(config.input, step=config.ckpt_step, flag="--input")
     hf_folder = config.hf_checkpoint or source
     if not (hf_folder / "config.json").is_file():

@@ -219,6 +219,8 @@ def read_rows(path: Path, *, response_key: str, label_key: str) -> Iterator[Row]
                     line=number,
                     sample=sample or _sample(record, number, where, response_key=response_key, label_key=label_key),
                 )
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no file {path}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
@@ -241,9 +243,9 @@ def _recorded(record: Mapping[str, Json], where: str) -> Sample | None:
 
 
 def _sample(record: Mapping[str, Json], number: int, where: str, *, response_key: str, label_key: str) -> Sample:
-    for key in (response_key, label_key):
+    for key, flag in ((response_key, "--response-key"), (label_key, "--label-key")):
         if key not in record:
-            raise ConfigError(f"{where}: no key {key!r}; the line has: {', '.join(record) or 'nothing'}.")
+            raise ConfigError(f"{where}: no key {key!r} ({flag}); the line has: {', '.join(record) or 'nothing'}.")
     response = record[response_key]
     if not isinstance(response, str):
         raise ConfigError(f"{where}: {response_key!r} must be a string, got {json.dumps(response)[:40]}.")

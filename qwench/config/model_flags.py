@@ -32,7 +32,7 @@ def overruled_flags(flags: ArchitectureConfig, model: Architecture) -> Iterator[
     """Yield a warning for each flag whose value the checkpoint's config.json replaces."""
     for name, given, fact in _differences(flags, model):
         if name in DECIDED_BY_THE_CHECKPOINT:
-            yield f"{_flag(name)} {given:g} is not used: trainer and engines compute with config.json's {fact:g}"
+            yield f"{_flag(name)} {given:.15g} is not used: trainer and engines compute with config.json's {fact:.15g}"
 
 
 def _differences(flags: ArchitectureConfig, model: Architecture) -> Iterator[tuple[str, Any, Any]]:

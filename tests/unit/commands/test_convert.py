@@ -44,6 +44,8 @@ def test_what_contradicts_the_models_is_refused_before_anything_is_read(tmp_path
         run([*occupied, "--to", "lora", "--lora-rank", "2"])
     with pytest.raises(ConfigError, match=r"empty has no config\.json; give the model's Hugging Face folder"):
         run([*whole, "torch_dist", "--hf-checkpoint", str(tmp_path / "empty")])
+    with pytest.raises(ConfigError, match=r"^--input: there is no folder .*absent$"):
+        run(["--input", str(tmp_path / "absent"), "--output", str(tmp_path / "out"), "--to", "hf"])
     assert not (tmp_path / "out").exists()
 
 

@@ -66,7 +66,7 @@ def test_another_rotary_base_is_replaced_by_the_checkpoints_with_a_warning():
     flags = ArchitectureConfig(**SCRIPT_4B | {"rotary_base": 5_000_000.0})
     check_model_flags(flags, QWEN3_4B)
     assert list(overruled_flags(flags, QWEN3_4B)) == [
-        "--rotary-base 5e+06 is not used: trainer and engines compute with config.json's 1e+06"
+        "--rotary-base 5000000 is not used: trainer and engines compute with config.json's 1000000"
     ]
     assert list(overruled_flags(ArchitectureConfig(**SCRIPT_4B), QWEN3_4B)) == []
 
