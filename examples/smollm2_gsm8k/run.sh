@@ -63,10 +63,12 @@ eval_sft() { evaluate "$OUTPUT_DIR/sft-hf" sft; }
 eval_grpo() { evaluate "$OUTPUT_DIR/grpo-hf" grpo; }
 plot() { python "$HERE/plot.py" "$OUTPUT_DIR"; }
 
-for stage in "${@:-convert eval_base sft eval_sft grpo eval_grpo plot}"; do
-    for name in $stage; do
-        started=$SECONDS
-        "$name"
-        echo "== $name: $((SECONDS - started)) s"
-    done
+STAGES="convert eval_base sft eval_sft grpo eval_grpo plot"
+for name in ${@:-$STAGES}; do
+    [[ " $STAGES " == *" $name "* ]] || { echo "run.sh: unknown stage $name; known: $STAGES" >&2; exit 2; }
+done
+for name in ${@:-$STAGES}; do
+    started=$SECONDS
+    "$name"
+    echo "== $name: $((SECONDS - started)) s"
 done
