@@ -26,8 +26,7 @@ class NativeAttention:
         """See `Attention`."""
         decodes = batch.decodes
         self._tables = torch.from_numpy(np.ascontiguousarray(decodes.tables, dtype=np.int32))
-        self._lengths = torch.from_numpy(np.ascontiguousarray(decodes.lengths, dtype=np.int32))
-        self._num_tokens = int(decodes.lengths.sum())
+        self._positions = batch.positions
         self._has_prefills = len(batch.prefills.counts) > 0
         self._prefills.prepare_prefills(batch.prefills, first_token=batch.num_decodes)
 
@@ -41,14 +40,14 @@ class NativeAttention:
             keys.data_ptr(),
             values.data_ptr(),
             self._tables.data_ptr(),
-            self._lengths.data_ptr(),
+            self._positions.data_ptr(),
             output.data_ptr(),
             *self._tables.shape,
             self._page_size,
             num_kv_heads,
             num_heads // num_kv_heads,
             head_dim,
-            threads_for(self._num_tokens * num_heads * head_dim, smallest=SHARED_FROM),
+            threads_for(self._tables.numel() * self._page_size * num_heads * head_dim, smallest=SHARED_FROM),
         )
         if self._has_prefills:
             self._prefills.attend_prefills(q_THK, keys, values, output)

@@ -1,4 +1,4 @@
-"""A forward pass and the draw after it, bound to weights and KV memory: eager, and for decode-only steps on CUDA as graphs."""
+"""A forward pass and the draw after it, bound to weights and KV memory: eager; decode-only steps as graphs or recordings."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from qwench.engines.embedded.compute.graphs import Bucket, DecodeGraphs, DecodeI
 from qwench.engines.embedded.compute.kv_memory import KVCache
 from qwench.engines.embedded.compute.model import DecoderModel, Hidden
 from qwench.engines.embedded.compute.prefill_graphs import MAX_TOKENS, PrefillGraphs
+from qwench.engines.embedded.compute.recorded import RecordedDecodes
 from qwench.engines.embedded.compute.sampler import DrawInputs, Draws, draw_limited
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.protocol import Scoring
@@ -63,6 +64,9 @@ class Decoder:
         self._scratch_row = len(last_tokens) - 1
         self._native = settings.resolved_native
         self._attention = _make_attention(settings, device)
+        self._recorded: RecordedDecodes | None = None
+        if self._native:
+            self._recorded = RecordedDecodes(self.builder, model.parameters, kv_cache, last_tokens, max_pages=max_pages)
         if device.type == "cuda" and settings.cuda_graphs:
             record = Recorder(device)
             self._graphs = DecodeGraphs(
@@ -95,8 +99,13 @@ class Decoder:
         return self._model.forward(batch.token_ids, batch.positions, batch.slots, self.kv_cache, self._attention, mix)
 
     def replay(self, decodes: Chunks, draws: Draws, *, has_adapters: bool) -> Drawn | None:
-        """Run a decode-only step as a graph; None without graphs."""
-        return None if self._graphs is None else self._graphs(self._decode, decodes, draws, has_adapters=has_adapters)
+        """Run a decode-only step as a graph or from a recording; None where there is none."""
+        if self._graphs is not None:
+            return self._graphs(self._decode, decodes, draws, has_adapters=has_adapters)
+        if self._recorded is None or has_adapters:
+            return None
+        logits = self._recorded(lambda batch: self.forward(batch)[0], decodes, draws.rows)
+        return None if logits is None else Drawn(logits=logits, drawn=self.draw(logits, draws))
 
     def draw(self, logits_SV: Tensor, draws: Draws) -> Tensor:
         """Return tokens and log-probs [2, S] of requests whose support is not limited, and write `last_tokens`."""

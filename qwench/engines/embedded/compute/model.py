@@ -74,6 +74,7 @@ class DecoderModel:
         self._ops, self._product = _kernels_of(device, native=native, invariant=invariant)
         self._ranks = ranks
         self._architecture = architecture
+        self.parameters = list(weights.values())
         self._embedding = weights["model.embed_tokens.weight"]
         self._final_norm = weights["model.norm.weight"]
         self._head = self._embedding if architecture.tied_head else weights["lm_head.weight"]

@@ -82,23 +82,23 @@ static void attend(const T* q, const T* keys, const T* values, const int32_t* ta
 }
 
 template <class T>
-static void paged_decode(const T* q, const T* keys, const T* values, const int32_t* tables, const int32_t* lengths, T* to,
+static void paged_decode(const T* q, const T* keys, const T* values, const int32_t* tables, const int32_t* positions, T* to,
                          long rows, long table_width, long page_size, long kv_heads, long group, long head_dim, int threads) {
     in_threads(threads, [&](long thread, long number) {
         Workspace<T> work;
         for (long share = thread; share < rows * kv_heads; share += number) {
             const long row = share / kv_heads, head = share % kv_heads, first = (row * kv_heads + head) * group * head_dim;
             attend(q + first, keys + head * head_dim, values + head * head_dim, tables + row * table_width, to + first,
-                   lengths[row], page_size, kv_heads, group, head_dim, work);
+                   positions[row] + 1, page_size, kv_heads, group, head_dim, work);
         }
     });
 }
 
 #define PAGED_DECODE(dtype, T)                                                                                                   \
     extern "C" void paged_decode_##dtype(const T* q, const T* keys, const T* values, const int32_t* tables,                      \
-                                         const int32_t* lengths, T* to, long rows, long table_width, long page_size,             \
+                                         const int32_t* positions, T* to, long rows, long table_width, long page_size,           \
                                          long kv_heads, long group, long head_dim, int threads) {                                \
-        paged_decode<T>(q, keys, values, tables, lengths, to, rows, table_width, page_size, kv_heads, group, head_dim, threads); \
+        paged_decode<T>(q, keys, values, tables, positions, to, rows, table_width, page_size, kv_heads, group, head_dim, threads); \
     }
 PAGED_DECODE(float32, float)
 PAGED_DECODE(bfloat16, BFloat16)

@@ -16,11 +16,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from ctypes import CDLL, c_float, c_int, c_long, c_void_p
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from qwench.models.decoder.native.recording import current
 
 COMPILERS = ("g++", "clang++")
 # No fast-math: not-a-number must stay one.
@@ -64,7 +66,7 @@ class Kernel:
         self._functions: dict[torch.dtype, Callable[..., None]] = {}
 
     def of(self, dtype: torch.dtype) -> Callable[..., None]:
-        """Return the function for tensors of one of DTYPES."""
+        """Return the function for tensors of one of DTYPES; a recording of this thread notes the calls."""
         if dtype not in self._functions:
             loaded = library()
             assert loaded is not None, "the caller has asked for it"
@@ -72,7 +74,8 @@ class Kernel:
             function.argtypes = self._types
             function.restype = None
             self._functions[dtype] = function
-        return self._functions[dtype]
+        recording = current()
+        return self._functions[dtype] if recording is None else partial(recording.call, self._functions[dtype])
 
 
 def threads_for(work: int, *, smallest: int) -> int:

@@ -22,7 +22,7 @@ def _decodes(lengths: np.ndarray, tables: np.ndarray) -> StepBatch:
     none, ones = np.zeros(0, dtype=np.int32), np.ones(len(lengths), dtype=np.int32)
     return StepBatch(
         token_ids=nothing,
-        positions=nothing,
+        positions=torch.from_numpy(lengths - ones),
         slots=nothing,
         logit_tokens=None,
         scored=(),
