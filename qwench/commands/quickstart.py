@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import random
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from qwench.errors import QwenchError, Stopped
 from qwench.files import write_atomically
 from qwench.observability.console import open_console
 from qwench.observability.plots import plot_curves
+from qwench.observability.stopping import interruptible, stops_deferred
 
 HARD_TERMS = 5
 SHARE_THINKING = 0.5
@@ -165,14 +165,15 @@ def run_command(arguments: Sequence[str]) -> None:
         QwenchError: it failed.
         Stopped: by the signal.
     """
-    command = subprocess.Popen([sys.executable, "-P", "-m", "qwench", *arguments])
-    try:
-        code = command.wait()
-    except (KeyboardInterrupt, Stopped) as stop:
-        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-        command.send_signal(number)
-        command.wait()
-        raise Stopped(number, "The same command goes on from here:") from None
+    with stops_deferred():  # a signal while the command starts must not leave it behind
+        command = subprocess.Popen([sys.executable, "-P", "-m", "qwench", *arguments])
+        try:
+            with interruptible():
+                code = command.wait()
+        except Stopped as stop:
+            command.send_signal(stop.number)
+            command.wait()
+            raise Stopped(stop.number, "The same command goes on from here:") from None
     if code != 0:
         raise QwenchError(f"`qwench {shlex.join(arguments)}` ended with exit code {code}; see its message above.")
 

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -162,22 +163,45 @@ def test_files_of_others_and_another_seed_are_refused(ran):
         tour(ran.folder, seed=1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_passed_on_and_what_the_command_saves_then_is_waited_for(number, monkeypatch, tmp_path):
-    script, began, saved = (tmp_path / name for name in ("command", "began", "saved"))
-    script.write_text(
-        f"#!/bin/sh\ntrap 'sleep 0.3; touch {saved}; exit 130' {number.name[3:]}\ntouch {began}\nwhile :; do sleep 0.02; done\n"
-    )
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
+def number(request):
+    return request.param
+
+
+@pytest.fixture
+def began(number, monkeypatch, tmp_path):
+    """A file that the command writes when it runs; on the signal it saves and ends."""
+    script, began = tmp_path / "command", tmp_path / "began"
+    saving = f"sleep 0.3; touch {tmp_path / 'saved'}; exit 130"
+    script.write_text(f"#!/bin/sh\ntrap '{saving}' {number.name[3:]}\ntouch {began}\nwhile :; do sleep 0.02; done\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
+    return began
 
-    def interrupt():
-        while not began.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
 
-    threading.Thread(target=interrupt, daemon=True).start()
+def interrupt(began, number):
+    while not began.exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), number)
+
+
+def test_a_signal_is_passed_on_and_what_the_command_saves_then_is_waited_for(number, began):
+    threading.Thread(target=interrupt, args=(began, number), daemon=True).start()
     with ended_by_signals(), pytest.raises(Stopped, match="goes on from here") as stopped:
         quickstart.run_command(["sft"])
     assert stopped.value.number == number
-    assert saved.exists()
+    assert (began.parent / "saved").exists()
+
+
+def test_a_signal_while_a_command_starts_is_passed_on_too(number, began, monkeypatch):
+    def start(*arguments):
+        command = popen(*arguments)
+        interrupt(began, number)
+        return command
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with ended_by_signals(), pytest.raises(Stopped, match="goes on from here") as stopped:
+        quickstart.run_command(["sft"])
+    assert stopped.value.number == number
+    assert (began.parent / "saved").exists()
