@@ -40,7 +40,7 @@ from tests.verbs import run_verb
 TOKEN = "secret"
 DEADLINE_S = patient(90)
 NUM_PROMPTS, SIBLINGS = 10, 3
-RESPONSE_LEN = 160
+RESPONSE_LEN = 480
 WATCHED = {
     "use_fault_tolerance": (), "rollout_health_check_interval": 1, "rollout_health_check_timeout": 10,
     "engine_start_timeout": DEADLINE_S,

@@ -14,7 +14,7 @@ from qwench.engines.embedded.compute.decode_work import IntArray
 from qwench.engines.embedded.compute.kv_memory import KVCache
 from qwench.models.decoder.native.recording import Recording
 
-MOST_KEPT = 64
+KEPT_RECORDINGS = 64
 """Recordings; the oldest leaves."""
 
 
@@ -105,7 +105,7 @@ class RecordedDecodes:
             return recorded.logits
         with Recording() as recording:
             logits = forward(inputs.as_batch())
-        if len(self._recorded) >= MOST_KEPT:
+        if len(self._recorded) >= KEPT_RECORDINGS:
             del self._recorded[next(iter(self._recorded))]
         is_kept = recording.is_complete
         self._recorded[key] = _Recorded(inputs=inputs, recording=recording, logits=logits) if is_kept else None

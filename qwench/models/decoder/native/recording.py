@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-MOST_BYTES = 2**22
+CACHE_BYTES = 2**22
 """Of the tensors that a recording keeps. It uses none of them twice, so larger ones would leave the processor's caches."""
 _active: ContextVar[Recording | None] = ContextVar("recording", default=None)
 _aten = torch.ops.aten
@@ -79,7 +79,7 @@ class Recording(TorchDispatchMode):
     def _keep(self, tensor: Tensor) -> None:
         self._num_bytes += tensor.nbytes
         self._kept.append(tensor)
-        if self._num_bytes > MOST_BYTES:
+        if self._num_bytes > CACHE_BYTES:
             self._give_up()
 
     def _add(self, function: Callable[..., object], arguments: Sequence[object]) -> None:

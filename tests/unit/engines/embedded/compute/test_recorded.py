@@ -64,13 +64,13 @@ def test_played_steps_have_the_bits_of_computed_ones(monkeypatch, family, dtype)
     # Of 57 steps a pass, 12 are recorded.
     assert len(plays) >= 5 * 40
     plays.clear()
-    monkeypatch.setattr(recording, "MOST_BYTES", 0)
+    monkeypatch.setattr(recording, "CACHE_BYTES", 0)
     assert played == asyncio.run(_scenario(family, dtype))
     assert not plays
 
 
 def test_the_oldest_recording_leaves(monkeypatch):
-    monkeypatch.setattr(module, "MOST_KEPT", 3)
+    monkeypatch.setattr(module, "KEPT_RECORDINGS", 3)
 
     async def scenario():
         engine = make_engine(make_model("qwen3"))

@@ -56,7 +56,7 @@ def test_other_operations_make_a_recording_useless_and_change_no_result(outside)
 def test_large_tensors_are_not_kept(monkeypatch):
     x, norm = torch.ones(2, 8), torch.ones(8)
     for limit, fits in ((2 * 64, True), (2 * 64 - 1, False)):  # two tensors of 2 x 8 x 4 bytes
-        monkeypatch.setattr(recording, "MOST_BYTES", limit)
+        monkeypatch.setattr(recording, "CACHE_BYTES", limit)
         with Recording() as recorded:
             elementwise.add_rms_norm(x, x, norm, 1e-6)
         assert recorded.is_complete == fits
