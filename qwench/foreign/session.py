@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import aiohttp
 from transformers import PreTrainedTokenizerBase
 
+from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.errors import ConfigError, EngineError
 from qwench.foreign.gateway import CURRENT_CALL, Gateway
 from qwench.foreign.sample import Foreign, RolloutFnEvalOutput, RolloutFnTrainOutput, Sample
@@ -23,8 +24,7 @@ from qwench.rollout.sampling import Sampling
 
 Result = TypeVar("Result")
 _RETRY_S = 1.0
-ANSWER_TIMEOUT_S = 3600.0
-"""For an answer, as of the run's own requests."""
+_DEFAULTS = TimeoutConfig()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,6 +49,8 @@ class Session:
     """The built-in rollout, while a rollout function runs."""
     evaluate: Callable[[], Awaitable[RolloutFnEvalOutput]] | None = None
     """The built-in evaluation, while an evaluation function runs."""
+    answer_timeout_s: float = _DEFAULTS.generate_timeout
+    """For an answer of a server, as of the run's own requests."""
     state: GenerateState | None = None
     """Made by the first function that asks for it."""
 
@@ -122,10 +124,11 @@ async def wait_http_ok(
 
 
 async def _ask(url: str, *, method: str, max_retries: int, headers: Mapping[str, str] | None, **options: Foreign) -> Foreign:
+    timeout_s = _sessions[-1].answer_timeout_s if _sessions else _DEFAULTS.generate_timeout
     for attempt in range(max_retries + 1):
         try:
             async with (
-                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)) as client,
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s)) as client,
                 client.request(method.upper(), url, headers=headers, **options) as answer,
             ):
                 answer.raise_for_status()
@@ -135,7 +138,7 @@ async def _ask(url: str, *, method: str, max_retries: int, headers: Mapping[str,
                 raise EngineError(f"{url} was not reached in {max_retries + 1} tries: {error}.") from error
             await asyncio.sleep(_RETRY_S)
         except TimeoutError as error:
-            raise EngineError(f"{url} gave no answer within {ANSWER_TIMEOUT_S:g} s.") from error
+            raise EngineError(f"{url} gave no answer within {timeout_s:g} s.") from error
     raise AssertionError("the last try returns or raises")
 
 

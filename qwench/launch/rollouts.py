@@ -332,7 +332,7 @@ def _build_teachers(inputs: Inputs) -> Teachers | None:
     urls = section.teacher_urls(inputs.config.reward.rm_url)
     if not urls or not inputs.plan.devices.trains:
         return None
-    teachers = Teachers(section, urls)
+    teachers = Teachers(section, urls, generate_timeout_s=inputs.config.timeouts.generate_timeout)
     teachers.check_reachable()
     teachers.check_tokens(inputs.tokenizer)
     return teachers

@@ -262,6 +262,7 @@ def open_user_session(
             grader=grader,
             data_source=source.source if isinstance(source, ForeignSource) else None,
             needs_log_probs=_flag_that_needs_log_probs(config),
+            answer_timeout_s=config.timeouts.generate_timeout,
         )
     )
 

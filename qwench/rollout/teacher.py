@@ -39,10 +39,13 @@ _SCORE_ONLY = SamplingParams(max_new_tokens=0, temperature=0.0)
 class Teachers:
     """The servers of a run. Opens its connections in the loop that asks first."""
 
-    def __init__(self, section: DistillationConfig, urls: Mapping[str, str]) -> None:
+    def __init__(self, section: DistillationConfig, urls: Mapping[str, str], *, generate_timeout_s: float) -> None:
         """Take the address of each teacher by name; see `DistillationConfig.teacher_urls`."""
         self._section = section
-        self._servers = {name: HttpEngine(server_url(url), label=f"teacher {name}") for name, url in urls.items()}
+        self._servers = {
+            name: HttpEngine(server_url(url), label=f"teacher {name}", generate_timeout_s=generate_timeout_s)
+            for name, url in urls.items()
+        }
         self._places = asyncio.Semaphore(_REQUESTS_AT_ONCE)
         self._ids = (f"teacher-{i}" for i in count())
 

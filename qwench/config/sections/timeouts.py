@@ -17,7 +17,7 @@ class TimeoutConfig:
     eval_timeout: float | None = None
     """Seconds to answer and grade one evaluation set. None: no limit."""
     generate_timeout: float = 3600.0
-    """Seconds in which an engine server must answer one request."""
+    """Seconds in which an engine server, a teacher, or a server that functions of slime or miles ask answers one request."""
     train_timeout: float = 43_200.0
     """Seconds to learn from one rollout, with several trainer ranks."""
     distributed_timeout_minutes: float = 30.0

@@ -228,12 +228,15 @@ def test_what_found_no_answer_is_sent_again_as_it_was(monkeypatch):
         asyncio.run(asked_of_a_server_that_hangs_up(9, session.get))
 
 
-def test_a_server_that_does_not_answer_is_not_asked_again(monkeypatch):
-    monkeypatch.setattr(session, "ANSWER_TIMEOUT_S", 0.05)
+def test_a_server_that_does_not_answer_is_not_asked_again():
+    async def ask(gateway, engine):
+        current_session().answer_timeout_s = 0.05
+        await post(url, PAYLOAD, max_retries=2)
+
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/generate"
         with pytest.raises(EngineError, match=rf"{url} gave no answer within 0\.05 s"):
-            asyncio.run(post(url, PAYLOAD, max_retries=2))
+            with_gateway(ask)
 
 
 def test_requests_of_a_generate_call_are_its_own_and_end_with_the_rollout():

@@ -14,6 +14,7 @@ from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import AsyncConfig, RolloutConfig
+from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.data.prompts import PromptSource
 from qwench.launch import rollouts
 from qwench.launch.inputs import Inputs
@@ -144,8 +145,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     monkeypatch.setattr(rollouts, "open_user_session", lambda *given, source: (*given[1:], source))
 
     class Teachers:
-        def __init__(self, section: object, urls: object) -> None:
-            made.append((section, urls))
+        def __init__(self, section: object, urls: object, **options: object) -> None:
+            made.append((section, urls, options))
 
         def check_reachable(self) -> None:
             made.append("reachable")
@@ -175,12 +176,14 @@ def test_a_generation_is_built_by_the_flags(built: list[object]) -> None:
 
 def test_teachers_on_servers_are_checked_before_engines_start(built: list[object]) -> None:
     reward = RewardConfig(rm_url="http://teacher:1")
-    inputs = inputs_of(config_of(distillation=OPD, reward=reward, cluster=ClusterConfig(rollout_num_gpus=1)))
+    timeouts = TimeoutConfig(generate_timeout=9.0)
+    cluster = ClusterConfig(rollout_num_gpus=1)
+    inputs = inputs_of(config_of(distillation=OPD, reward=reward, cluster=cluster, timeouts=timeouts))
     options = {"with_weights": False, "servers": None, "token": None}
     made = rollouts.build_generation(inputs, **options)
     assert isinstance(made.teachers, rollouts.Teachers)
     urls = OPD.teacher_urls("http://teacher:1")
-    assert built == [(OPD, urls), "reachable", inputs.tokenizer, options]
+    assert built == [(OPD, urls, {"generate_timeout_s": 9.0}), "reachable", inputs.tokenizer, options]
     built.clear()
     evaluates = replace(inputs, plan=replace(inputs.plan, devices=replace(inputs.plan.devices, trains=False)))
     assert rollouts.build_generation(evaluates, **options).teachers is None and built == [options]

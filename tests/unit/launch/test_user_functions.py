@@ -23,6 +23,7 @@ from qwench.config.sections.foreign import ForeignConfig
 from qwench.config.sections.parallel import ParallelConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.fleet.pool import EnginePool
 from qwench.errors import ConfigError
@@ -132,6 +133,7 @@ def test_a_session_shares_what_the_run_has_and_ends_before_its_address(agent, mo
     config = Config(
         rollout=RolloutConfig(rollout_batch_size=2), reward=RewardConfig(custom_rm_path="a.b"),
         algorithm=AlgorithmConfig(use_tis=True), agent=AgentConfig(custom_agent_function_path=agent),
+        timeouts=TimeoutConfig(generate_timeout=7.0),
     )  # fmt: skip
     inputs, engines, sampling = inputs_with(config), Engines(), sampling_of(max_new_tokens=9)
     functions = SimpleNamespace(has_foreign=True)
@@ -144,7 +146,7 @@ def test_a_session_shares_what_the_run_has_and_ends_before_its_address(agent, mo
     assert said[1:3] == [opened, "open"] and reward == replace(config.reward, custom_rm_path=None)
     assert session.args == ((config, inputs.plan), {"host": "127.0.0.1", "port": 5})
     assert (session.tokenizer, session.sampling, session.grader) == (inputs.tokenizer, sampling, rewards)
-    assert (session.data_source, session.needs_log_probs) == ("data", "--use-tis")
+    assert (session.data_source, session.needs_log_probs, session.answer_timeout_s) == ("data", "--use-tis", 7.0)
     assert isinstance(session.gateway, Gateway) and isinstance(session.loop, asyncio.AbstractEventLoop)
     said.clear()
     end()

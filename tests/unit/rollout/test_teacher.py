@@ -3,6 +3,7 @@
 import asyncio
 import math
 import re
+import socket
 import socketserver
 import threading
 
@@ -31,6 +32,10 @@ def section(**flags) -> DistillationConfig:
     return DistillationConfig(use_opd=True, opd_type="sglang", **flags)
 
 
+def teachers_of(config: DistillationConfig, urls: dict[str, str]) -> Teachers:
+    return Teachers(config, urls, generate_timeout_s=60.0)
+
+
 def finished(length: int = 5, *, prompt_length: int = 7, **metadata: object) -> Sample:
     tokens = prompt_of(prompt_length + length, seed=length)
     prompt = Prompt(text="", token_ids=tuple(tokens[:prompt_length]), metadata=metadata)
@@ -43,7 +48,7 @@ def taught(config: DistillationConfig, sample: Sample, *, student, teacher) -> S
     """Let a model score a sample behind a server, as the teacher of another one's engine."""
 
     async def teach(url: str) -> None:
-        teachers, policy = Teachers(config, {"default": url}), make_engine(student)
+        teachers, policy = teachers_of(config, {"default": url}), make_engine(student)
         try:
             await teachers.teach(sample, Requests(policy))
         finally:
@@ -121,7 +126,7 @@ def test_nothing_is_asked_that_the_strategy_does_not_compare(strategy):
 
         async def abort(self, request_id=None): ...
 
-    teachers = Teachers(section(opd_log_prob_top_k=2, opd_top_k_strategy=strategy), {})
+    teachers = teachers_of(section(opd_log_prob_top_k=2, opd_top_k_strategy=strategy), {})
     teachers._servers["default"] = Scripted(1)
     sample = finished(2)
     asyncio.run(teachers.teach(sample, Requests(Scripted(0))))
@@ -169,17 +174,17 @@ def test_the_address_of_a_teacher_may_hold_an_equals_sign():
 
 def test_a_row_is_scored_by_the_teacher_that_it_names():
     config = section(opd_teacher_urls=("math=http://m:1", "default=http://d:1"), opd_teacher_key="who")
-    teachers = Teachers(config, config.teacher_urls(None))
+    teachers = teachers_of(config, config.teacher_urls(None))
     found = [teachers._server_of(finished(who=name)).base_url for name in ("math", "code")]
     assert found == ["http://m:1", "http://d:1"]
     with pytest.raises(EngineError, match=r"sample 3 has metadata.who 'code'"):
-        Teachers(config, {"math": "http://m:1"})._server_of(finished(who="code"))
+        teachers_of(config, {"math": "http://m:1"})._server_of(finished(who="code"))
 
 
 def test_a_teacher_that_is_gone_ends_the_run_with_its_name(monkeypatch):
     monkeypatch.setattr(module, "pause_s", lambda attempt: 0.0)
     monkeypatch.setattr("qwench.engines.client.CONNECT_BACKOFF_S", 0.0)
-    teachers = Teachers(section(), {"default": URL})
+    teachers = teachers_of(section(), {"default": URL})
 
     async def teach() -> None:
         try:
@@ -195,7 +200,7 @@ def test_a_teacher_that_is_gone_ends_the_run_with_its_name(monkeypatch):
 
 def probe(tokenizer, *, of_server) -> None:
     with ServerThread(make_engine(make_model("qwen3"), tokenizer=of_server), token=None) as server:
-        Teachers(section(), {"default": server.base_url}).check_tokens(tokenizer)
+        teachers_of(section(), {"default": server.base_url}).check_tokens(tokenizer)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused():
@@ -219,7 +224,7 @@ def test_every_teacher_is_checked_also_behind_one_that_does_not_tell(monkeypatch
 
     monkeypatch.setattr(module, "_tokens_of", tokens_of)
     with pytest.raises(ConfigError, match=r"the teacher b .* has another tokenizer"):
-        Teachers(section(), {"a": "http://silent", "b": "http://b"}).check_tokens(build_small_tokenizer())
+        teachers_of(section(), {"a": "http://silent", "b": "http://b"}).check_tokens(build_small_tokenizer())
 
 
 def test_a_teacher_that_does_not_tell_its_tokens_is_named(caplog):
@@ -236,8 +241,24 @@ def test_a_teacher_that_speaks_another_protocol_is_named(caplog):
     with socketserver.TCPServer(("127.0.0.1", 0), Other) as server:
         threading.Thread(target=server.handle_request).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
-        Teachers(section(), {"default": url}).check_tokens(build_small_tokenizer())
+        teachers_of(section(), {"default": url}).check_tokens(build_small_tokenizer())
     assert "does not tell how it reads a text (SSH-2.0" in caplog.text
+
+
+def test_a_teacher_is_asked_again_after_the_run_s_deadline_of_a_request(monkeypatch):
+    monkeypatch.setattr(module, "pause_s", lambda attempt: 0.0)
+
+    async def teach(url: str) -> None:
+        teachers = Teachers(section(), {"default": url}, generate_timeout_s=0.05)
+        try:
+            await teachers.teach(finished(), Requests(make_engine(make_model("qwen3"))))
+        finally:
+            await teachers.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(EngineError, match=r"teacher default .* did not answer /generate within 0\.05 s.*asked 6 times"):
+            asyncio.run(teach(url))
 
 
 def test_a_teacher_that_aborts_is_asked_again(monkeypatch):
@@ -251,5 +272,5 @@ def test_a_teacher_that_aborts_is_asked_again(monkeypatch):
             reason = FinishReason.LENGTH if scores else FinishReason.ABORT
             return result_of(scores, reason)
 
-    asked = Teachers(section(), {})._ask(AbortsOnce(), [1, 2], Scoring(start=1))
+    asked = teachers_of(section(), {})._ask(AbortsOnce(), [1, 2], Scoring(start=1))
     assert asyncio.run(asked) == Scores(log_probs=[-1.0])
