@@ -111,7 +111,7 @@ def run(words: Sequence[str]) -> None:
     tour(config.output, seed=config.seed)
 
 
-def tour(folder: Path, *, seed: int = 0) -> None:
+def tour(folder: Path, *, seed: int) -> None:
     """Run the whole quickstart under `folder`, and say where everything lies. What is done already is skipped.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 from qwench.checkpoints.convert import Conversion, Converted
 from qwench.commands import convert
 from qwench.commands.convert import PROMPTS, _report, _verify, convert_torch_dist_to_hf, run
-from qwench.errors import CheckpointError, ConfigError
+from qwench.errors import CheckpointError, ConfigError, OutputError
 from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.models.random_qwen3 import make_checkpoint
 from tests.fakes.console import RecordingConsole
@@ -44,6 +45,8 @@ def test_what_contradicts_the_models_is_refused_before_anything_is_read(tmp_path
         run([*occupied, "--to", "lora", "--lora-rank", "2"])
     with pytest.raises(ConfigError, match=r"empty has no config\.json; give the model's Hugging Face folder"):
         run([*whole, "torch_dist", "--hf-checkpoint", str(tmp_path / "empty")])
+    with pytest.raises(ConfigError, match=r"^--input .*hf has no checkpoint of iteration 3; it has none"):
+        run([*whole, "hf", "--ckpt-step", "3"])
     with pytest.raises(ConfigError, match=r"^--input: there is no folder .*absent$"):
         run(["--input", str(tmp_path / "absent"), "--output", str(tmp_path / "out"), "--to", "hf"])
     assert not (tmp_path / "out").exists()
@@ -87,8 +90,10 @@ def test_flags_of_the_command_and_of_slimes_scripts_say_what_to_convert(
     Qwen3Config(vocab_size=64, num_hidden_layers=2).save_pretrained(model)
     (model / "model.safetensors").touch()
     convert.run(["--input", str(model), "--output", str(out), "--to", "torch_dist"])
-    words = ["--input", str(model), "--output", str(out), "--to", "hf", "--hf-checkpoint", str(model), "--verify"]
-    convert.run([*words, "--dtype", "float16", "--weights-only", "--max-shard-gb", "0.5"])
+    words = ["--input", str(model), "--output", str(out), "--to", "hf", "--hf-checkpoint", str(model)]
+    convert.run([*words, "--dtype", "float16", "--weights-only", "--max-shard-gb", "0.5", "--verify"])
+    for dtype in ("bfloat16", "float32"):
+        convert.run([*words, "--dtype", dtype])
     convert.convert_hf_to_torch_dist(["--hf-checkpoint", str(model), "--save", str(out), "--num-layers", "2"])
     places = ["--input-dir", str(model), "--output-dir", str(out), "--origin-hf-dir", str(model)]
     convert_torch_dist_to_hf([*places, "--vocab-size", "64"])
@@ -97,6 +102,8 @@ def test_flags_of_the_command_and_of_slimes_scripts_say_what_to_convert(
     expected = [
         ({"to": "torch_dist", "dtype": None, "with_optimizer": True, "max_shard_bytes": 2 * 10**9, "replace": False}, False),
         ({"to": "hf", "dtype": torch.float16, "with_optimizer": False, "max_shard_bytes": 5 * 10**8}, True),
+        ({"to": "hf", "dtype": torch.bfloat16}, False),
+        ({"to": "hf", "dtype": torch.float32}, False),
         ({"to": "torch_dist"}, False),
         ({"to": "hf", "replace": False, "max_shard_bytes": 2 * 10**9}, False),
         ({"to": "hf", "replace": True, "max_shard_bytes": 7}, False),
@@ -107,6 +114,37 @@ def test_flags_of_the_command_and_of_slimes_scripts_say_what_to_convert(
         assert (conversion.config.vocab_size, verify) == (64, verified)
     with pytest.raises(ConfigError, match=r"^--num-layers \(3\) contradicts the checkpoint's config\.json \(2\)"):
         convert.convert_hf_to_torch_dist(["--hf-checkpoint", str(model), "--save", str(out), "--num-layers", "3"])
+
+
+def test_an_adapter_is_extracted_from_the_model_and_its_base(monkeypatch, capsys, tmp_path: Path) -> None:
+    model, base, out = (tmp_path / name for name in ("model", "base", "out"))
+    for folder in (model, base):
+        Qwen3Config(vocab_size=64, num_hidden_layers=2).save_pretrained(folder)
+    asked = []
+
+    def extract(*places: object, rank: int, output: Path) -> SimpleNamespace:
+        asked.append((*places[:2], places[2].num_layers, rank, output))
+        if len(asked) > 1:
+            raise OSError(28, "No space left on device")
+        return SimpleNamespace(kept=0.875, num_other=3)
+
+    monkeypatch.setattr(convert, "extract_adapter", extract)
+    words = ["--input", str(model), "--hf-checkpoint", str(base), "--output", str(out), "--to", "lora", "--lora-rank", "4"]
+    run(words)
+    assert capsys.readouterr().out == (
+        f"wrote {out}: an adapter of rank 4 with 87.50% of the squared change of the projections; "
+        "3 other weights differ from the base and are left out\n"
+    )
+    with pytest.raises(OutputError, match=f"^the output {out} cannot be written to"):
+        run(words)
+    assert asked == [(model, base, 2, 4, out)] * 2
+
+
+def test_an_adapter_has_no_logits_to_verify(tmp_path: Path) -> None:
+    Qwen3Config(vocab_size=64).save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"^--verify compares the logits of two whole models, but --input is an adapter"):
+        run(["--input", str(tmp_path), "--output", str(tmp_path / "out"), "--to", "hf", "--verify"])
 
 
 def test_the_bar_of_all_ranks_advances_by_whole_megabytes_of_one_rank() -> None:

@@ -1,3 +1,4 @@
+import os
 import resource
 import shutil
 import socket
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from qwench.commands import doctor
-from qwench.commands.doctor import Finding, Package, State, examine, package, proxies, render, shared_memory
+from qwench.commands.doctor import Finding, Package, State, package, proxies, shared_memory
 
 GIB = 2**30
 RAY = Package(name="ray", tested=("2.60", "2.6.1"), wanted_for="more than one node", install="pip install ray")
@@ -29,28 +30,48 @@ def test_a_package_is_compared_with_the_versions_that_were_tested(version, state
     assert str(finding) == line
 
 
-def test_every_part_is_reported_in_one_line(tmp_path):
-    report = render(examine(tmp_path)).splitlines()
+PACKAGES = [
+    "transformers", "megatron-core", "sglang", "sglang-router", "ray", "flash-attn", "flash_attn_3", "transformer-engine",
+    "wandb",
+]  # fmt: skip
+
+
+def test_every_part_is_reported_in_one_line(tmp_path, capsys):
+    doctor.run(["--output", str(tmp_path)])
+    report = capsys.readouterr().out.splitlines()
+    assert any(f"GiB free at {tmp_path}" in line for line in report)
     subjects = [line[4:24].rstrip() for line in report]
     assert subjects[0] == "python"
     assert subjects[1].startswith("GPU")
-    rest = ["collectives", *(entry.name for entry in doctor.PACKAGES), "ports", "disk", "shared memory", "open files", "proxy"]
+    rest = ["collectives", *PACKAGES, "ports", "disk", "shared memory", "open files", "proxy"]
     assert [subject for subject in subjects[1:] if not subject.startswith("GPU")] == rest
     assert {line[:2] for line in report} <= {"ok", "--", "!!"}
+    assert next(line for line in report if "ports" in line).startswith("ok  ports               can listen on 127.0.0.1 (got ")
+
+
+def test_a_package_of_any_version_is_well_where_none_was_tested():
+    untested = Package(name="ray", tested=(), wanted_for="", install="")
+    assert str(package(untested, lambda name: "9")) == "ok  ray                 9"
+    assert doctor.installed_version("pytest") == pytest.__version__ and doctor.installed_version("no-such-package") is None
+
+
+PROXY = "!!  proxy               http_proxy is set; export no_proxy=127.0.0.1,localhost and all nodes"
+EXEMPT = "ok  proxy               set, and 127.0.0.1 is exempt"
 
 
 @pytest.mark.parametrize(
-    ("environ", "state"),
+    ("environ", "said"),
     [
-        ({}, State.GOOD),
-        ({"http_proxy": ""}, State.GOOD),
-        ({"HTTP_PROXY": "http://proxy:3128"}, State.AMISS),
-        ({"http_proxy": "http://proxy:3128", "no_proxy": "example.org"}, State.AMISS),
-        ({"http_proxy": "http://proxy:3128", "NO_PROXY": "localhost, 127.0.0.1"}, State.GOOD),
+        ({}, "ok  proxy               none"),
+        ({"http_proxy": ""}, "ok  proxy               none"),
+        ({"HTTP_PROXY": "http://proxy:3128"}, PROXY),
+        ({"http_proxy": "http://proxy:3128", "no_proxy": "example.org"}, PROXY),
+        ({"http_proxy": "http://proxy:3128", "NO_PROXY": "localhost, 127.0.0.1"}, EXEMPT),
+        ({"http_proxy": "http://proxy:3128", "no_proxy": "*"}, EXEMPT),
     ],
 )
-def test_a_proxy_must_not_stand_before_engines(environ, state):
-    assert proxies(environ).state is state
+def test_a_proxy_must_not_stand_before_engines(environ, said):
+    assert str(proxies(environ)) == said
 
 
 @pytest.mark.parametrize(
@@ -148,8 +169,16 @@ def test_disk_is_looked_for_where_the_folder_would_be_made(tmp_path):
     assert str(tmp_path) in doctor.disk(tmp_path / "not" / "yet").found
 
 
+def test_a_folder_that_cannot_be_written_to_is_amiss_whatever_its_room(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    finding = doctor.disk(tmp_path)
+    assert (finding.state, finding.subject) == (State.AMISS, "disk")
+    assert finding.advice == "it cannot be written to; name another --output"
+
+
 def test_a_machine_without_shared_memory_is_told_so(tmp_path):
-    assert shared_memory(tmp_path / "shm").state is State.ABSENT
+    said = f"--  shared memory       no {tmp_path / 'shm'}; several processes need it"
+    assert str(shared_memory(tmp_path / "shm")) == said
 
 
 def test_a_sandbox_without_sockets_is_amiss(monkeypatch):
@@ -157,7 +186,10 @@ def test_a_sandbox_without_sockets_is_amiss(monkeypatch):
         raise PermissionError("not permitted")
 
     monkeypatch.setattr(socket, "create_server", refuse)
-    assert doctor.loopback().state is State.AMISS
+    assert str(doctor.loopback()) == (
+        "!!  ports               cannot listen on 127.0.0.1 (not permitted); "
+        "engines and ranks talk over 127.0.0.1; allow it in this container"
+    )
 
 
 def test_advice_follows_what_was_found():

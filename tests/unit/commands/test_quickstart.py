@@ -31,7 +31,7 @@ class Stages:
         self.sizes = {}
 
     def write(self, folder, *, seed, **sizes):
-        self.sizes = sizes
+        self.sizes = {"seed": seed, **sizes}
         write_data(folder, seed=seed, num_demos=2, num_prompts=2, num_held_out=2)
 
     def plot(self, metrics, file, names):
@@ -61,9 +61,9 @@ def ran(monkeypatch, tmp_path):
 
 
 def test_every_stage_runs_once_in_order_and_a_finished_tour_runs_none(ran, capsys):
-    tour(ran.folder)
+    tour(ran.folder, seed=0)
     assert ran.verbs == ["make-model", "sft", "eval", "train", "eval"]
-    tour(ran.folder)
+    tour(ran.folder, seed=0)
     assert ran.verbs == ["make-model", "sft", "eval", "train", "eval"]
     said = capsys.readouterr().out
     assert said.count("done already") == 5
@@ -78,13 +78,20 @@ def test_every_stage_runs_once_in_order_and_a_finished_tour_runs_none(ran, capsy
         f"curves      {ran.folder}/curves.png\nmetrics     {ran.folder}/grpo/metrics.jsonl\n"
         f"checkpoint  {ran.folder}/grpo\nHF export   {ran.folder}/grpo-hf\n"
     )
-    assert ran.sizes == {"num_demos": 360 * 64, "num_prompts": 4000, "num_held_out": 256}  # one epoch of fine-tuning
+    assert ran.sizes == {"seed": 0, "num_demos": 360 * 64, "num_prompts": 4000, "num_held_out": 256}  # one epoch of fine-tuning
 
 
 def test_every_command_is_accepted_by_its_verb(tmp_path):
     kinds = {"make-model": MakeModelConfig, "sft": Config, "train": Config, "eval": Config}
+    write_data(tmp_path / "data", seed=3, num_demos=1, num_prompts=1, num_held_out=1)
     for _, (verb, *words), _ in commands(tmp_path, seed=3):
-        parse_flags(kinds[verb], words, prog=f"qwench {verb}")
+        config = parse_flags(kinds[verb], words, prog=f"qwench {verb}")
+        if verb != "make-model":
+            data, sets = config.data, config.evaluation.eval_prompt_data
+            assert sets == (() if verb == "sft" else ("held_out", f"{tmp_path}/data/test.jsonl"))
+            row = json.loads(Path(sets[1] if verb == "eval" else data.prompt_data).read_text())
+            assert row.keys() == ({"messages"} if verb == "sft" else {data.input_key, data.label_key})
+            assert data.input_key in row
 
 
 def test_a_stage_starts_from_what_the_one_before_has_left_and_the_tour_owns_all_of_it(tmp_path):
@@ -104,15 +111,15 @@ def test_a_stage_starts_from_what_the_one_before_has_left_and_the_tour_owns_all_
 def test_an_interrupted_tour_goes_on_with_the_stage_that_was_not_finished(ran, stop):
     ran.stop = stop
     with pytest.raises(KeyboardInterrupt):
-        tour(ran.folder)
+        tour(ran.folder, seed=0)
     ran.stop = None
-    tour(ran.folder)
+    tour(ran.folder, seed=0)
     assert ran.verbs == ["make-model", "sft", "eval", "train", "eval"]
 
 
 def test_an_empty_data_folder_is_filled(ran):
     (ran.folder / "data").mkdir(parents=True)
-    tour(ran.folder)
+    tour(ran.folder, seed=0)
     assert sorted(path.name for path in (ran.folder / "data").iterdir()) == ["sft.jsonl", "test.jsonl", "train.jsonl"]
 
 
@@ -134,33 +141,64 @@ def test_problems_go_from_digit_to_digit_and_demonstrations_think_or_guess(tmp_p
             assert set(values) <= set(range(10)) and all(a != b for a, b in pairwise(values))
             assert (row["label"], row["prompt"][0]["role"]) == (str(values[-1]), "user")
     assert len(set(asked["test"])) == 5 and not set(asked["test"]) & set(asked["train"])
-    assert {len(steps_of(question)) for question in asked["train"] + asked["test"]} == {quickstart.HARD_TERMS}
+    assert {len(steps_of(question)) for question in asked["train"] + asked["test"]} == {5}
+    assert asked["test"] == sorted(asked["test"], key=lambda question: [int(term) for term in re.findall(r"[+-]?\d", question)])
 
-    thinking = 0
+    thinking, first, guesses = 0, set(), set()
+    assert {len(steps_of(row["messages"][0]["content"])) for row in rows["sft"]} == {2, 3, 4, 5}
     for user, assistant in (row["messages"] for row in rows["sft"]):
         values, lines = steps_of(user["content"]), re.findall(r"(.+)=(.+)", assistant["content"])
         thinking += bool(lines)
         assert [(eval(left), int(right)) for left, right in lines] == [(value, value) for value in values[1:]][: len(lines)]
         boxed = int(re.fullmatch(r"<think>\n[^<]*\n</think>\n\n\\boxed\{(\d)\}", assistant["content"])[1])
         assert not lines or (boxed == values[-1] and len(lines) == len(values) - 1)
-    assert 0 < thinking < 60
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        first.add(values[0])
+        guesses |= set() if lines else {boxed}
+    assert 20 < thinking < 40
+    assert first == guesses == set(range(10))
+    for seed, is_same in ((1, True), (2, False)):
+        write_data(tmp_path / str(seed), seed=seed, num_demos=60, num_prompts=30, num_held_out=5)
+        assert ((tmp_path / str(seed) / "sft.jsonl").read_bytes() == (tmp_path / "sft.jsonl").read_bytes()) == is_same
 
 
 def test_files_of_others_and_another_seed_are_refused(ran):
+    ran.folder.touch()
+    with pytest.raises(QwenchError, match=r"q exists already and is not a quickstart's \(a file\); name another folder"):
+        tour(ran.folder, seed=0)
+    ran.folder.unlink()
     ran.folder.mkdir()
     (ran.folder / "thesis.tex").touch()
     with pytest.raises(QwenchError, match=r"is not a quickstart's \(thesis.tex\)"):
-        tour(ran.folder)
+        tour(ran.folder, seed=0)
     (ran.folder / "thesis.tex").unlink()
     for name in "hgfedcba":
         (ran.folder / name).touch()
     with pytest.raises(QwenchError, match=r"is not a quickstart's \(a, b, c\); name another folder with --output"):
-        tour(ran.folder)
+        tour(ran.folder, seed=0)
     for name in "hgfedcba":
         (ran.folder / name).unlink()
-    tour(ran.folder)
+    tour(ran.folder, seed=0)
     with pytest.raises(QwenchError, match="a quickstart of another seed"):
         tour(ran.folder, seed=1)
+
+
+def test_the_verb_gives_its_folder_and_seed_to_the_tour(monkeypatch):
+    told = []
+    monkeypatch.setattr(quickstart, "tour", lambda folder, *, seed: told.append((folder, seed)))
+    quickstart.run(["--output", "o", "--seed", "7"])
+    assert told == [(Path("o"), 7)]
+
+
+def test_a_command_is_a_process_of_this_python_and_its_failure_ends_the_tour(monkeypatch, tmp_path):
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\necho "$@" > {tmp_path / "words"}\nexit $5\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    quickstart.run_command(["sft", "0"])
+    assert (tmp_path / "words").read_text() == "-P -m qwench sft 0\n"
+    with pytest.raises(QwenchError, match=r"^`qwench sft 3` ended with exit code 3; see its message above"):
+        quickstart.run_command(["sft", "3"])
 
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import re
@@ -41,8 +42,14 @@ def test_table_counts_reasons_with_share_score_and_one_example(tmp_path: Path) -
         ("no_think_marker", 1, 0.0, 1),
         ("wrong", 1, 0.0, 4),
     ]
-    for cell in ("exact", "50.0 %", "25.0 %", "0.500", r"2: 34 <- </think>\boxed{34}"):
-        assert cell in table
+    shown = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if line.startswith("│")]
+    assert shown == [
+        ["exact", "2", "50.0 %", "1.000", r"2: 34 <- </think>\boxed{34}"],
+        ["no_think_marker", "1", "25.0 %", "0.000", "1: 34 <- 34"],
+        ["wrong", "1", "25.0 %", "0.000", r"4: 35 <- </think>\boxed{34}"],
+        ["all", "4", "100.0 %", "0.500", ""],
+    ]
+    assert "│ exact           │     2 │  50.0 % │      1.000 │" in table, "numbers end in one column"
     titles = table.split("reason", 1)[1].split("\n", 1)[0]
     assert re.findall(r"[a-z][\w ()<:-]*\w", titles) == [
         "count",
@@ -54,8 +61,10 @@ def test_table_counts_reasons_with_share_score_and_one_example(tmp_path: Path) -
 
 def test_one_reason_of_good_and_bad_scores_is_split_by_score(tmp_path: Path) -> None:
     rows = [{"response": response, "label": "1"} for response in ("x", "12", "4 ", "y")]
+    written = io.StringIO()
     config = RewardConfig(custom_rm_path="tests.e2e.rewards.digit_share", custom_rm_in_process=True)
-    summary = check_file(write(tmp_path / "rows.jsonl", *rows), config=config, console=Console(file=io.StringIO()))
+    summary = check_file(write(tmp_path / "rows.jsonl", *rows), config=config, console=Console(file=written))
+    assert "rows.jsonl: tests.e2e.rewards.digit_share" in written.getvalue()
     assert (summary.num_responses, summary.mean_score) == (4, 0.375)
     assert [(row.reason, row.count, row.mean_score, row.example.line) for row in summary.reasons] == [
         ("custom, score <= 0", 2, 0.0, 1),
@@ -102,6 +111,11 @@ def test_bad_line_is_named_with_its_file_and_number(tmp_path: Path, row: object,
 def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^there is no file .*none.jsonl$"):
         check(tmp_path / "none.jsonl")
+    with pytest.raises(ConfigError, match=f"^{tmp_path} cannot be read: .*directory"):
+        check(tmp_path)
+    (tmp_path / "bytes").write_bytes(b'{"response": "\xff"}')
+    with pytest.raises(ConfigError, match=r"bytes cannot be read: .*utf-8"):
+        check(tmp_path / "bytes")
     with pytest.raises(ConfigError, match="nothing to grade"):
         check(write(tmp_path / "empty.jsonl", ""))
 
@@ -179,14 +193,16 @@ def test_a_damaged_dump_is_named(tmp_path: Path) -> None:
 
 def test_one_line_is_shown_in_full(tmp_path: Path) -> None:
     long = "step " * 200
-    path = write(tmp_path / "rows.jsonl", {"response": "x", "label": "1"}, dumped(long + r"</think>\boxed{4}", "4"))
+    answered = dumped(long + r"</think>\boxed{4}", "4") | {"verdict": {"score": 0.25, "reason": "near"}}
+    path = write(tmp_path / "rows.jsonl", {"response": "x", "label": "1"}, answered)
     written = io.StringIO()
     show_line(
         path, 2, config=RewardConfig(rm_type="deepscaler", reward_num_workers=1), response_key="response", label_key="label",
         console=Console(file=written, width=80, soft_wrap=True),
     )  # fmt: skip
     lines = written.getvalue().splitlines()
-    assert lines == ["prompt", "2+2=?", "response", long + r"</think>\boxed{4}", "label", "4", "score", "1", "reason", "exact"]
+    verdicts = ["then", "0.25, near", "score", "1", "reason", "exact"]
+    assert lines == ["prompt", "2+2=?", "response", long + r"</think>\boxed{4}", "label", "4", *verdicts]
     with pytest.raises(ConfigError, match="has no response in line 9"):
         show_line(path, 9, config=RewardConfig(rm_type="math"), response_key="response", label_key="label")
 
@@ -211,10 +227,19 @@ class Pool:
         ),
     }
 
+    graded: ClassVar[list[Sample]] = []
+    most_at_once: ClassVar[int] = 0
+
     def __init__(self, config: RewardConfig, *, judge_key: str | None) -> None:
         self.judge_key = judge_key
+        self._at_once = 0
 
     async def grade(self, sample: Sample) -> Verdict:
+        self.graded.append(sample)
+        self._at_once += 1
+        Pool.most_at_once = max(Pool.most_at_once, self._at_once)
+        await asyncio.sleep(0)
+        self._at_once -= 1
         if sample.prompt.label == "fails":
             raise RewardError(f"no reward with the key {self.judge_key}")
         return self.verdicts[str(sample.prompt.label)]
@@ -226,7 +251,8 @@ class Pool:
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> type[Pool]:
     monkeypatch.setattr(reward_check, "RewardPool", Pool)
-    monkeypatch.setattr(Pool, "closed", [])
+    for name, value in (("closed", []), ("graded", []), ("most_at_once", 0)):
+        monkeypatch.setattr(Pool, name, value)
     monkeypatch.setenv("QWENCH_JUDGE_KEY", "k")
     return Pool
 
@@ -260,9 +286,26 @@ def test_a_line_that_cannot_be_graded_is_named_and_the_workers_end(tmp_path: Pat
 
 
 def test_more_lines_than_are_graded_at_once_are_all_counted(tmp_path: Path, pool: type[Pool]) -> None:
-    rows = [{"response": str(i), "label": "right"} for i in range(2 * reward_check._IN_FLIGHT + 1)]
-    summary = check_file(write(tmp_path / "rows.jsonl", *rows), config=RewardConfig(), console=Console(file=io.StringIO()))
-    assert (summary.num_responses, summary.mean_score, summary.reasons[0].example.line) == (len(rows), 1.0, 1)
+    rows = [{"response": "x" * 60, "label": "right"}] * 513
+    written = io.StringIO()
+    summary = check_file(write(tmp_path / "rows.jsonl", *rows), config=RewardConfig(), console=Console(file=written, width=150))
+    assert (summary.num_responses, summary.mean_score, summary.reasons[0].example.line) == (513, 1.0, 1)
+    assert pool.most_at_once == 256
+    assert f" 1: right <- {'x' * 60} " in written.getvalue() and "rows.jsonl: by row" in written.getvalue()
+
+
+def test_a_line_is_graded_as_a_finished_sample_with_its_number(tmp_path: Path, pool: type[Pool]) -> None:
+    chat = [{"role": "user", "content": "2+2=?"}]
+    rows = ({"response": "4", "label": "right", "prompt": chat, "metadata": {"a": 1}}, {"response": "5", "label": "right"})
+    check_file(write(tmp_path / "rows.jsonl", *rows), config=RewardConfig(), console=Console(file=io.StringIO()))
+    asked = (
+        Prompt(text=str(chat), token_ids=(), label="right", messages=chat, metadata={"a": 1}),
+        Prompt(text="", token_ids=(), label="right", messages=""),
+    )
+    assert pool.graded == [
+        Sample(prompt=prompt, sample_id=line, group_id=line, response=str(line + 3))
+        for line, prompt in enumerate(asked, start=1)
+    ]
 
 
 def test_the_command_takes_columns_and_one_line(tmp_path: Path, pool: type[Pool], capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,6 +319,14 @@ def test_the_command_takes_columns_and_one_line(tmp_path: Path, pool: type[Pool]
     assert "2: differ <- b" in table
     reward_check.run([*words, "--line", "2"])
     assert capsys.readouterr().out.split() == ["prompt", "response", "b", "label", "differ", "score", "0", "reason", "wrong"]
+
+
+@pytest.mark.parametrize("word", ["-h", "--help", "--help-all"])
+def test_help_of_reward_is_that_of_its_command(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([word], ["check", word]):
+        with pytest.raises(SystemExit) as ended:
+            reward_check.run(words)
+        assert not ended.value.code and "qwench reward check FILE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [[], ["grade", "a.jsonl"]])

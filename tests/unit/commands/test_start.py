@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +14,18 @@ from transformers import Qwen3Config
 from qwench.commands import start
 from qwench.commands.start import with_local_inputs
 from qwench.config.config import Config
+from qwench.config.eval_sets import eval_settings
 from qwench.config.plan import plan_run
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.foreign import ForeignConfig
 from qwench.config.sections.model import ModelConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError
+from qwench.launch import inputs
 from tests.unit.config.architectures import QWEN3_4B
 
 ASKED = Config(
@@ -106,10 +112,69 @@ def test_the_first_row_of_each_file_has_the_column_of_its_prompt(tmp_path: Path)
             start._check_columns(Config(data=data, evaluation=evaluation))
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_run_is_warned_of_checked_and_planned_before_pytorch_reads_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dry_run: bool
+) -> None:
+    config = Config(
+        debug=DebugConfig(dry_run=dry_run),
+        evaluation=EvalConfig(eval_config=Path("sets.yaml")),
+        rollout=RolloutConfig(rollout_batch_size=8, num_rollout=2),
+        data=DataConfig(prompt_data="a.jsonl"),
+    )
+    planned = plan_run(replace(config, evaluation=EvalConfig()), QWEN3_4B, on_gpus=False)
+    (one_set,) = eval_settings(EvalConfig(eval_prompt_data=("a", "owner/sums")), config.rollout, config.data)
+    calls: list[tuple[object, ...]] = []
+
+    def note(name: str, result: object = None) -> Callable[..., object]:
+        return lambda *words, **flags: calls.append((name, *words, *flags.items())) or result
+
+    def plan(config: Config, *, trains: bool) -> object:
+        calls.append(("plan", config, trains, os.environ.get("QWENCH_TEST_ORDER")))
+        return replace(planned, eval_sets=(one_set,))
+
+    for name, result in (
+        ("warnings", ["of flags"]),
+        ("_check_columns", None),
+        ("look_at_machine", "machine"),
+        ("check_engine_is_installed", None),
+        ("trainer_environment", {"QWENCH_TEST_ORDER": "set"}),
+        ("data_files", "/hub/sums"),
+        ("plan_warnings", ["of the plan"]),
+        ("_show", None),
+    ):
+        monkeypatch.setattr(start, name, note(name, result))
+    monkeypatch.setattr(inputs, "plan_inputs", plan)
+    monkeypatch.delenv("QWENCH_TEST_ORDER", raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    made = start.prepare(config, trains=False)
+    assert made == replace(planned, eval_sets=(replace(one_set, path="/hub/sums"),))
+    installed = [
+        ("look_at_machine",),
+        ("check_engine_is_installed", config, "machine"),
+        ("trainer_environment", config, os.environ),
+    ]
+    assert calls == [
+        ("warnings", config, ("trains", False)),
+        ("_check_columns", config),
+        *([] if dry_run else installed),
+        ("plan", config, False, None if dry_run else "set"),
+        ("data_files", "owner/sums", ("flag", "--eval-config")),
+        ("plan_warnings", config, made),
+        *([("_show", config, made)] if dry_run else []),
+    ]
+    assert capsys.readouterr().err == "qwench: warning: of flags\nqwench: warning: of the plan\n"
+
+
 def test_a_dry_run_shows_what_was_given_and_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Qwen3Config().save_pretrained(tmp_path)
     rollout = RolloutConfig(rollout_batch_size=8, num_rollout=2)
-    config = Config(rollout=rollout, data=DataConfig(prompt_data="a.jsonl"), model=ModelConfig(hf_checkpoint=tmp_path))
+    config = Config(
+        rollout=rollout,
+        data=DataConfig(prompt_data="a.jsonl"),
+        model=ModelConfig(hf_checkpoint=tmp_path),
+        foreign=ForeignConfig(unused_flags=("colors",)),
+    )
     for on_gpus, dtype in ((True, "bfloat16"), (False, "float32")):
         start._show(config, plan_run(config, QWEN3_4B, on_gpus=on_gpus))
         lines = capsys.readouterr().out.splitlines()
@@ -127,3 +192,10 @@ def test_a_dry_run_shows_what_was_given_and_the_plan(tmp_path: Path, capsys: pyt
         assert lines[plan + 1].startswith("  rollout_batch_size 8 x ")
         # 4,022,468,096 parameters of 2 or 4 bytes
         assert lines[-1] == f"  engine weights: {'7.49' if on_gpus else '15'} GiB in {dtype} on each device"
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    Qwen3Config(quantization_config=fp8).save_pretrained(tmp_path)
+    start._show(config, plan_run(config, QWEN3_4B, on_gpus=True))
+    assert re.fullmatch(r"  engine weights: [\d.]+ GiB in FP8 on each device", capsys.readouterr().out.splitlines()[-1])
+    alone = replace(config, algorithm=AlgorithmConfig(loss_type="sft_loss"))
+    start._show(alone, plan_run(alone, QWEN3_4B, on_gpus=True))
+    assert "engine weights" not in capsys.readouterr().out
