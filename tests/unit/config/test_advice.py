@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from qwench.config.advice import plan_warnings, warnings
@@ -18,6 +20,8 @@ def test_a_flag_given_twice_is_told_with_the_value_that_is_lost(files):
     assert list(warnings(config)) == [
         "these flags have no effect here: --lr 1e-6 (a later --lr counts) --colocate true (a later --colocate counts)"
     ]
+    unexplained = replace(config, foreign=replace(config.foreign, unused_flags=("a", "b (why)")))
+    assert list(warnings(unexplained)) == ["these flags have no effect here (docs/flags.md says why): --a --b (why)"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """What the flags of a run say to its engine servers, to an engine in this process, and to publications."""
 
 import asyncio
+import os
+import tempfile
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -46,6 +48,18 @@ def fp8_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config_of(**sections: object) -> Config:
     return Config(**{"rollout": RolloutConfig(rollout_batch_size=4), **sections})
+
+
+def test_engine_servers_of_a_run_without_folders_log_among_temporary_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", "/temporary")
+
+    def folder(log_dir):
+        return engines._log_folder(SimpleNamespace(plan=SimpleNamespace(log_dir=log_dir)))
+
+    assert folder(None) == Path(f"/temporary/qwench-{os.getpid()}/engines")
+    assert folder(Path("logs")) == tmp_path / "logs" / "engines"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("on_gpus", "dtype"), [(False, "float32"), (True, "bfloat16")])

@@ -2,14 +2,11 @@
 
 import json
 import logging
-import os
-import tempfile
 import zlib
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +24,7 @@ from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError
 from qwench.files import claim_folder
-from qwench.launch import engines, outputs
+from qwench.launch import outputs
 from qwench.launch.inputs import Inputs
 from qwench.launch.outputs import claim_outputs, open_logs, own_results, run_identity
 from qwench.observability.dumps import save_rollout
@@ -73,6 +70,22 @@ def test_curves_of_another_run_or_of_no_run_are_not_mixed_with(tmp_path):
     (model / "config.json").touch()
     with pytest.raises(ConfigError, match=r"^--tensorboard-dir .*model holds files that no run wrote \(config.json\)"):
         claim(tensorboard_dir=model)
+
+
+@pytest.mark.parametrize(
+    ("flags", "log_dir", "folder"),
+    [
+        ({}, Path("log"), Path("log/tensorboard")),
+        ({"tensorboard_dir": Path("curves")}, Path("log"), Path("curves")),
+        ({"tensorboard_dir": Path("curves")}, None, Path("curves")),
+        ({}, None, None),
+        ({"tensorboard_dir": Path("curves"), "use_tensorboard": False}, Path("log"), None),
+        ({"tb_experiment_name": "e"}, Path("log"), Path("log/tensorboard/e")),
+        ({"tb_project_name": "p", "tb_experiment_name": "e"}, Path("log"), Path("log/tensorboard/p/e")),
+    ],
+)
+def test_curves_are_in_their_own_folder_or_below_the_logs(flags, log_dir, folder):
+    assert outputs.tensorboard_folder(LoggingConfig(**{"use_tensorboard": True, **flags}), log_dir) == folder
 
 
 def test_curves_may_lie_beside_above_or_below_what_the_run_writes(tmp_path):
@@ -266,18 +279,6 @@ def test_a_folder_with_the_name_of_a_file_of_the_run_is_named(tmp_path, flag, na
     (tmp_path / name).mkdir()
     with pytest.raises(ConfigError, match=f"{name} is a folder, and the run writes a file of that name; move it away"):
         claim(**{flag: tmp_path})
-
-
-def test_engine_servers_of_a_run_without_folders_log_among_temporary_files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tempfile, "tempdir", "/temporary")
-
-    def folder(log_dir):
-        return engines._log_folder(SimpleNamespace(plan=SimpleNamespace(log_dir=log_dir)))
-
-    assert folder(None) == Path(f"/temporary/qwench-{os.getpid()}/engines")
-    assert folder(Path("logs")) == tmp_path / "logs" / "engines"
-    assert list(tmp_path.iterdir()) == []
 
 
 def inputs_with(folder: Path, **sections: object) -> Inputs:
