@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.sections.verbs import DoctorConfig
+from qwench.models.decoder.native.compiler import COMPILERS, find_compilers
 
 GIB = 2**30
 _MIN_FREE_DISK_GIB = 50
@@ -105,6 +106,7 @@ def examine(folder: Path) -> list[Finding]:
         python(),
         *gpus(),
         collectives(),
+        cpp_compiler(),
         *(package(entry, installed_version) for entry in PACKAGES),
         loopback(),
         disk(folder),
@@ -152,6 +154,15 @@ def collectives() -> Finding:
         advice = "several GPUs need NCCL (RCCL on AMD): install a PyTorch built with it"
         return Finding(state=State.AMISS, subject="collectives", found=", ".join(there) or "none", advice=advice)
     return Finding(state=State.GOOD, subject="collectives", found=", ".join(there))
+
+
+def cpp_compiler() -> Finding:
+    """Say which compiler can build the kernels of engines on a CPU."""
+    found = find_compilers()
+    if not found:
+        advice = f"for decoding on a CPU, which is slower without: install {' or '.join(COMPILERS)}"
+        return Finding(state=State.ABSENT, subject="C++ compiler", found="none", advice=advice)
+    return Finding(state=State.GOOD, subject="C++ compiler", found=found[0])
 
 
 def installed_version(name: str) -> str | None:

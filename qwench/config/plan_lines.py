@@ -10,6 +10,7 @@ from qwench.config.devices import DevicePlan
 from qwench.config.plan import RunPlan, train_dtype
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.errors import counted
+from qwench.models.decoder.native.compiler import COMPILERS, find_compilers
 from qwench.models.memory import gib, num_adapter_parameters, num_parameters
 
 
@@ -26,7 +27,9 @@ def plan_lines(config: Config, plan: RunPlan) -> Iterator[str]:
         yield f"devices: {'shared by trainer and engines' if devices.shared else 'trainer and engines apart'}"
     if devices.generates:
         apart = f"; the last {devices.num_eval_engines} for evaluations alone" if devices.num_eval_engines else ""
-        yield f"engines: {config.engine.kind} ({config.engine.engine_reason or 'the default'}), {_engines(devices)}{apart}"
+        slower = missing_kernels(config, on_gpus=devices.on_gpus)
+        engine = f"{config.engine.kind} ({config.engine.engine_reason or 'the default'})"
+        yield f"engines: {engine}, {_engines(devices)}{apart}{slower}"
     if devices.trains:
         yield f"reference model: {_reference(config, plan)}"
         if config.lora.enabled:
@@ -94,6 +97,15 @@ def _ahead(config: Config, plan: RunPlan) -> str:
         rate = f" (--lr: that of a run in turn, divided by {plan.max_staleness + 1})" if plan.max_staleness else ""
         return f", generated without a stop; trained tokens are at most {plan.max_staleness} versions old{rate}"
     return ", generated one ahead of training" if config.rollout.rollouts_ahead else ""
+
+
+def missing_kernels(config: Config, *, on_gpus: bool) -> str:
+    """Say that embedded engines on a CPU compute without their C++ kernels; empty: they have them, or do not want them."""
+    engine = config.engine
+    wants = engine.kind == "embedded" and not on_gpus and engine.embedded_native_kernels
+    if not wants or config.training.batch_invariant or find_compilers():
+        return ""
+    return f", without the C++ kernels: no {' or '.join(COMPILERS)} is installed"
 
 
 def _engines(devices: DevicePlan) -> str:

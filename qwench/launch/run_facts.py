@@ -14,10 +14,9 @@ from qwench.checkpoints.best import read_best
 from qwench.checkpoints.folders import hf_folder, starting_weights
 from qwench.checkpoints.formats.iterations import Iterations
 from qwench.checkpoints.formats.sources import find_format
-from qwench.config.plan_lines import adapter_line
+from qwench.config.plan_lines import adapter_line, missing_kernels
 from qwench.errors import counted
 from qwench.launch.inputs import Inputs
-from qwench.models.decoder.native.library import COMPILERS, find_compiler
 from qwench.observability.run_report import NEXT, RunReport
 from qwench.rewards.second_grader import DISAGREEMENTS, describe_shortest, read_disagreements
 
@@ -156,19 +155,12 @@ def _devices(inputs: Inputs) -> str:
         number = str(devices.num_engines) if devices.num_engines else "external"
         sizes = " or ".join(map(str, sorted(set(devices.engine_sizes))))
         each = f" of {sizes} {'GPUs' if devices.on_gpus else 'processes'}" if sizes not in ("", "1") else ""
-        slower = f", without the C++ kernels: no {' or '.join(COMPILERS)} is installed" if _lacks_compiler(inputs) else ""
+        slower = missing_kernels(config, on_gpus=inputs.device.type != "cpu")
         parts.append(f"{number} {config.engine.kind} engine{'s' * (devices.num_engines != 1)}{each}{slower}")
     shared = " that take turns" if devices.shared else ""
     count = sum(devices.critic)
     critic = f", and {counted(count, 'critic rank')} beside them"
     return f"{kind}: {' and '.join(parts)}{shared}{critic if count else ''}"
-
-
-def _lacks_compiler(inputs: Inputs) -> bool:
-    """Tell whether an embedded engine on a CPU has no compiler for its kernels."""
-    engine = inputs.config.engine
-    wants = engine.kind == "embedded" and inputs.device.type == "cpu" and engine.embedded_native_kernels
-    return wants and not inputs.config.training.batch_invariant and find_compiler() is None
 
 
 def _after_every(inputs: Inputs, interval: int) -> str:

@@ -43,7 +43,7 @@ def test_every_part_is_reported_in_one_line(tmp_path, capsys):
     subjects = [line[4:24].rstrip() for line in report]
     assert subjects[0] == "python"
     assert subjects[1].startswith("GPU")
-    rest = ["collectives", *PACKAGES, "ports", "disk", "shared memory", "open files", "proxy"]
+    rest = ["collectives", "C++ compiler", *PACKAGES, "ports", "disk", "shared memory", "open files", "proxy"]
     assert [subject for subject in subjects[1:] if not subject.startswith("GPU")] == rest
     assert {line[:2] for line in report} <= {"ok", "--", "!!"}
     assert next(line for line in report if "ports" in line).startswith("ok  ports               can listen on 127.0.0.1 (got ")
@@ -163,6 +163,13 @@ def test_room_is_enough_from_its_bound_on(monkeypatch, tmp_path, examined, enoug
     assert (enough.state, enough.subject, enough.advice) == (State.GOOD, subject, "")
     assert enough.found.startswith(f"{enough_gib} GiB free")
     assert (short.state, short.subject) == (State.AMISS, subject) and short.advice
+
+
+def test_a_compiler_is_named_or_asked_for(monkeypatch):
+    monkeypatch.setattr(doctor, "find_compilers", lambda: ["/usr/bin/clang++"])
+    assert str(doctor.cpp_compiler()) == "ok  C++ compiler        /usr/bin/clang++"
+    monkeypatch.setattr(doctor, "find_compilers", list)
+    assert (doctor.cpp_compiler().state, doctor.cpp_compiler().found) == (State.ABSENT, "none")
 
 
 def test_disk_is_looked_for_where_the_folder_would_be_made(tmp_path):

@@ -18,6 +18,7 @@ from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.rollout import AsyncConfig, RolloutConfig
+from qwench.config.sections.training import TrainingConfig
 from tests.unit.config.architectures import QWEN3_4B
 
 
@@ -41,6 +42,24 @@ def test_engines_for_evaluation_are_named() -> None:
     assert "engines: embedded (the default), 2 engines of 1 device" in lines_of(1)
     assert "engines: embedded (the default), 3 engines of 1 device; the last 1 for evaluations alone" in lines_of(
         1, eval_num_gpus=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("compilers", "on_gpus", "sections", "said"),
+    [
+        ([], False, {}, ", without the C++ kernels: no g++ or clang++ is installed"),
+        ([], True, {}, ""),
+        (["/usr/bin/g++"], False, {}, ""),
+        ([], False, {"engine": EngineConfig(embedded_native_kernels=False)}, ""),
+        ([], False, {"training": TrainingConfig(batch_invariant_mode=True)}, ""),
+    ],
+)
+def test_kernels_that_cannot_be_compiled_are_named(monkeypatch, compilers, on_gpus, sections, said) -> None:
+    monkeypatch.setattr("qwench.config.plan_lines.find_compilers", lambda: compilers)
+    config = Config(rollout=BATCH, **sections)
+    assert f"engines: embedded (the default), 1 engine of 1 device{said}" in plan_lines(
+        config, plan_run(config, QWEN3_4B, on_gpus=on_gpus)
     )
 
 

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from qwench.checkpoints.best import Best
 from qwench.checkpoints.formats.iterations import Iterations
+from qwench.config import plan_lines
 from qwench.config.config import Config
 from qwench.config.plan import plan_run
 from qwench.config.sections.algorithm import AlgorithmConfig
@@ -160,7 +161,7 @@ def test_adapters_of_another_base_are_merged_into_that_base(tmp_path):
 
 
 def test_length_and_devices_are_said_in_the_numbers_of_the_run(monkeypatch):
-    monkeypatch.setattr(run_facts, "find_compiler", lambda: "/usr/bin/g++")
+    monkeypatch.setattr(plan_lines, "find_compilers", lambda: ["/usr/bin/g++"])
     rollout = RolloutConfig(rollout_batch_size=8, n_samples_per_prompt=4, num_rollout=3)
     made = facts_of(Config(rollout=rollout, training=TrainingConfig(global_batch_size=16)))
     assert made["length"] == "3 rollouts of 8 prompts x 4 responses, 2 steps each"
@@ -187,7 +188,7 @@ def test_length_and_devices_are_said_in_the_numbers_of_the_run(monkeypatch):
     on_cpu = replace(two.plan.devices, on_gpus=False, trains=False)
     alone = replace(two, plan=replace(two.plan, devices=on_cpu))
     assert run_facts._devices(alone) == threads + "3 embedded engines of 2 processes"
-    monkeypatch.setattr(run_facts, "find_compiler", lambda: None)
+    monkeypatch.setattr(plan_lines, "find_compilers", list)
     missing = ", without the C++ kernels: no g++ or clang++ is installed"
     assert run_facts._devices(alone) == threads + "3 embedded engines of 2 processes" + missing
     unused = replace(alone.config, engine=replace(alone.config.engine, embedded_native_kernels=False))

@@ -2,18 +2,19 @@
 
     ~/.cache/qwench/kernels-<hash of sources, compiler and processor>.so        a SHA-256 of its bytes follows them
 
-The compilation takes some seconds. Without a compiler the engine computes with PyTorch's operations.
+The compilation takes some seconds. A file that is not used for a month is removed when another is kept.
+Without a compiler the engine computes with PyTorch's operations.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from ctypes import CDLL, c_float, c_int, c_long, c_void_p
 from functools import cache, partial
@@ -22,13 +23,11 @@ from typing import Any
 
 import torch
 
+from qwench.models.decoder.native.compiler import COMPILERS, compile_library, facts_of, find_compilers
 from qwench.models.decoder.native.recording import current
 
-COMPILERS = ("g++", "clang++")
-# No fast-math: not-a-number must stay one.
-_OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC")
-_TIMEOUT_S = 300
 _DIGEST_BYTES = 32
+_KEPT_DAYS = 30
 _FOLDER = Path(__file__).parent
 DTYPES = (torch.float32, torch.bfloat16)
 """Of tensors that the kernels take."""
@@ -36,24 +35,25 @@ _LETTERS = {"p": c_void_p, "l": c_long, "f": c_float, "i": c_int}
 _logger = logging.getLogger(__name__)
 
 
-def find_compiler() -> str | None:
-    """Return the path of the C++ compiler, if one is installed."""
-    return next((path for name in COMPILERS if (path := shutil.which(name))), None)
-
-
 @cache
 def library() -> CDLL | None:
     """Return the loaded library; None, and one line in the log, where it cannot be compiled or loaded."""
-    compiler = find_compiler()
-    if compiler is None:
-        _logger.info("no C++ compiler (%s): the engine decodes with PyTorch's operations, more slowly", " or ".join(COMPILERS))
-        return None
-    try:
-        return _load(compiler)
-    except (OSError, subprocess.SubprocessError) as cause:
-        said = getattr(cause, "stderr", None) or cause
+    failures = []
+    for compiler in find_compilers():
+        try:
+            loaded = _load(compiler)
+        except (OSError, subprocess.SubprocessError) as cause:
+            failures.append(f"{compiler}: {getattr(cause, 'stderr', None) or cause}")
+            continue
+        if failures:
+            _logger.warning("C++ kernels of the engine: %s compiles them, another compiler failed: %s", compiler, failures[0])
+        return loaded
+    if failures:
+        said = "; ".join(failures)
         _logger.warning("C++ kernels of the engine cannot be compiled, it decodes with PyTorch's operations: %s", said)
-        return None
+    else:
+        _logger.info("no C++ compiler (%s): the engine decodes with PyTorch's operations, more slowly", " or ".join(COMPILERS))
+    return None
 
 
 class Kernel:
@@ -85,13 +85,12 @@ def threads_for(work: int, *, smallest: int) -> int:
 
 def _load(compiler: str) -> CDLL:
     sources = sorted(_FOLDER.glob("*.cpp"))
-    version = _run([compiler, "--version"], _FOLDER)
     texts = [path.read_text(encoding="ascii") for path in (*sources, *sorted(_FOLDER.glob("*.h")))]
-    key = hashlib.sha256("\0".join((*texts, *_OPTIONS, version, _processor())).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join((*texts, *facts_of(compiler))).encode()).hexdigest()[:16]
     with suppress(OSError, RuntimeError):  # the user has no home, or the library is not there yet, or damaged
         return _load_kept(_place(key))
     with tempfile.TemporaryDirectory(prefix="qwench-kernels-") as folder:
-        built = _compile(compiler, sources, Path(folder))
+        built = compile_library(compiler, sources, Path(folder))
         with suppress(OSError, RuntimeError):  # no home to keep it in: this process alone has the library
             _keep(built, _place(key))
             return _load_kept(_place(key))
@@ -110,6 +109,14 @@ def _keep(built: Path, kept: Path) -> None:
         with copy.open("ab") as file:
             file.write(hashlib.sha256(built.read_bytes()).digest())
         copy.replace(kept)
+    _remove_unused(kept.parent)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove libraries of other versions, compilers and processors that no process has loaded for long."""
+    for path in folder.glob("kernels-*.so"):
+        if path.stat().st_mtime < time.time() - _KEPT_DAYS * 86400:
+            path.unlink()
 
 
 def _load_kept(kept: Path) -> CDLL:
@@ -117,26 +124,6 @@ def _load_kept(kept: Path) -> CDLL:
     content = kept.read_bytes()
     if hashlib.sha256(content[:-_DIGEST_BYTES]).digest() != content[-_DIGEST_BYTES:]:
         raise OSError(f"{kept} is damaged")
+    with suppress(OSError):  # the file is another user's, or the disk is read-only
+        kept.touch()  # the last use, for `_remove_unused`
     return CDLL(str(kept))
-
-
-def _compile(compiler: str, sources: Sequence[Path], folder: Path) -> Path:
-    # Linked without an OpenMP library, see threads.h.
-    _run([compiler, *_OPTIONS, "-c", *map(str, sources)], folder)
-    _run([compiler, "-shared", "-o", "kernels.so", *(path.with_suffix(".o").name for path in sources)], folder)
-    return folder / "kernels.so"
-
-
-def _run(command: Sequence[str], folder: Path) -> str:
-    """Run the compiler in a folder and return what it prints."""
-    return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, errors="replace", check=True, timeout=_TIMEOUT_S
-    ).stdout
-
-
-def _processor() -> str:
-    """Return what `-march=native` depends on."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="ascii", errors="replace").splitlines() if path.exists() else []
-    kinds = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return "\n".join([platform.machine(), platform.processor(), *sorted(kinds)])

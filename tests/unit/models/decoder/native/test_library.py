@@ -5,33 +5,37 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import os
 import pwd
 import shutil
+import time
 from ctypes import CDLL
 from pathlib import Path
 
 import pytest
 
 from qwench.engines.embedded.settings import EmbeddedSettings
+from qwench.models.decoder.native import compiler
 from qwench.models.decoder.native import library as module
+from qwench.models.decoder.native.compiler import find_compilers
 
 _make = module.library.__wrapped__
 """Without the memory of an earlier call."""
 
 
 def _compiler(folder: Path, script: str) -> str:
-    path = folder / "broken++"
+    path = folder / "bad++"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return str(path)
 
 
 def test_without_a_compiler_there_is_no_library_and_one_line_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(module, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(compiler, "COMPILERS", ("no-such-compiler",))
     with caplog.at_level(logging.INFO):
         assert _make() is None
     assert [record.levelname for record in caplog.records] == ["INFO"]
-    assert "no-such-compiler" in caplog.text
+    assert "no C++ compiler" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -43,22 +47,46 @@ def test_without_a_compiler_there_is_no_library_and_one_line_says_so(monkeypatch
     ],
 )
 def test_a_compiler_that_fails_is_quoted_and_pytorch_computes(monkeypatch, caplog, tmp_path, script, said):
-    monkeypatch.setattr(module, "COMPILERS", (_compiler(tmp_path, script),))
+    monkeypatch.setattr(compiler, "COMPILERS", (_compiler(tmp_path, script),))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert _make() is None
     assert said in caplog.text
 
 
 @pytest.mark.skipif(module.library() is None, reason="needs a C++ compiler")
+def test_the_next_compiler_is_tried_and_libraries_that_nothing_uses_are_removed(monkeypatch, caplog, tmp_path):
+    built, bad = Path(module.library()._name), _compiler(tmp_path, 'test "$1" = --version || exit 3')
+
+    def compile_library(path, sources, folder):
+        return compiler.compile_library(path, sources, folder) if path == bad else built
+
+    monkeypatch.setattr(module, "compile_library", compile_library)
+    monkeypatch.setattr(compiler, "COMPILERS", (bad, *find_compilers()))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / ".cache" / "qwench"
+    folder.mkdir(parents=True)
+    month_ago = time.time() - 31 * 86400
+    for name, when in (("kernels-old.so", month_ago), ("kernels-new.so", month_ago + 2 * 86400), ("other", month_ago)):
+        (folder / name).touch()
+        os.utime(folder / name, (when, when))
+    assert isinstance(_make(), CDLL) and "bad++" in caplog.text and "PyTorch" not in caplog.text
+    [made] = set(folder.iterdir()) - {folder / "kernels-new.so", folder / "other"}
+    assert (folder / "kernels-new.so").exists() and made.name != "kernels-old.so"
+    os.utime(made, (month_ago, month_ago))
+    assert isinstance(_make(), CDLL)
+    assert made.stat().st_mtime > month_ago + 86400  # a use that counts
+
+
+@pytest.mark.skipif(module.library() is None, reason="needs a C++ compiler")
 def test_the_library_is_compiled_once_and_again_where_it_is_damaged_or_cannot_be_kept(monkeypatch, tmp_path):
     compiled, built = [], Path(module.library()._name).read_bytes()
 
-    def compile_library(compiler, sources, folder):
+    def compile_library(path, sources, folder):
         compiled.append([path.name for path in sources])
         (folder / "kernels.so").write_bytes(built)
         return folder / "kernels.so"
 
-    monkeypatch.setattr(module, "_compile", compile_library)
+    monkeypatch.setattr(module, "compile_library", compile_library)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert isinstance(_make(), CDLL) and isinstance(_make(), CDLL)
     assert compiled == [["attention.cpp", "draw.cpp", "elementwise.cpp", "products.cpp"]]
@@ -90,7 +118,7 @@ def test_a_library_that_found_no_room_leaves_nothing_behind(monkeypatch, tmp_pat
         (place / "half" if place.is_dir() else place).touch()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "_compile", lambda *given: Path(module.library()._name))
+    monkeypatch.setattr(module, "compile_library", lambda *given: Path(module.library()._name))
     monkeypatch.setattr(shutil, "copy", refuse)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert isinstance(_make(), CDLL)
@@ -99,7 +127,7 @@ def test_a_library_that_found_no_room_leaves_nothing_behind(monkeypatch, tmp_pat
 
 @pytest.mark.skipif(module.library() is None or shutil.which("clang++") is None, reason="needs clang++ beside another compiler")
 def test_a_library_of_clang_finds_its_threads_in_pytorch(monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "COMPILERS", ("clang++",))
+    monkeypatch.setattr(compiler, "COMPILERS", ("clang++",))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert isinstance(_make(), CDLL)
 
