@@ -53,7 +53,7 @@ class OpenAiAnswer:
             # Tokens without certain text are told with the text that they are part of.
             if len(result.text) > told[0] or ending["finish_reason"]:
                 yield self._chunk([{"index": index} | self._piece(result, told, "delta") | ending])
-                self._told[index] = (max(len(result.text), told[0]), len(result.output_ids))
+                self._told[index] = (len(result.text), len(result.output_ids))
         if self._body.wants_usage and not self._counted and all(choice.ended for choice in self._choices):
             self._counted = True
             yield self._chunk([]) | {"usage": self._usage()}

@@ -37,6 +37,7 @@ def test_special_tokens_are_no_text():
         (("cd",), ["a", "ab", "ab", "abcx", "abcx"]),  # c may begin it; x shows that it did not; the last c may again
         (("xcz", "bd"), ["a", "a", "abc", "abc", "abc"]),  # b, then x and xc may begin one of them
         (("y",), ["a", "ab", "abc", "abcx", "abcxc"]),
+        (("bc",), ["a", "a", "abc", "abcx", "abcxc"]),  # --min-new-tokens let it pass
     ],
 )
 def test_what_may_begin_a_stop_string_is_held_back(stop, expected):
@@ -45,17 +46,17 @@ def test_what_may_begin_a_stop_string_is_held_back(stop, expected):
 
 def test_an_answer_tells_what_is_new_and_its_end_once() -> None:
     ids = TOKENIZER("abx")["input_ids"]
-    request = GenerateRequest(request_id="r", input_ids=[1], sampling=SamplingParams(max_new_tokens=9, stop=("x",)))
+    request = GenerateRequest(request_id="r", input_ids=[1], sampling=SamplingParams(max_new_tokens=9, stop=("bx",)))
     made = GenerateResult(
-        request_id="r", output_ids=ids, log_probs=[-1.0] * 3, finish_reason=FinishReason.STOP, matched="x",
+        request_id="r", output_ids=ids, log_probs=[-1.0] * 3, finish_reason=FinishReason.STOP, matched="bx",
         weight_versions=[0] * 3, text="abx",
     )  # fmt: skip
-    for no_stop_trim, text in ((False, "ab"), (True, "abx")):
+    for no_stop_trim, first, second, text in ((False, "a", "a", "a"), (True, "a", "ab", "abx")):
         running = SimpleNamespace(request=request, num_output=0, future=Future())
         running.so_far = lambda running=running: replace(made, output_ids=ids[: running.num_output], text="")
         growing = GrowingAnswer(running, TOKENIZER, no_stop_trim=no_stop_trim)
         assert growing.advance() is None
-        for count, so_far in ((1, "a"), (2, "ab")):
+        for count, so_far in ((1, first), (2, second)):
             running.num_output = count
             assert growing.advance().text == so_far
             assert growing.advance() is None and not growing.ended
@@ -76,6 +77,13 @@ def test_an_answer_that_failed_raises_its_error_once() -> None:
 
 def test_without_a_tokenizer_there_is_no_text():
     assert GrowingText(None, skip_special_tokens=True).certain([1, 2]) == ""
+
+
+def test_a_token_is_decoded_behind_the_one_before_it():
+    words = {1: " one", 2: " two", 3: " three"}
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(words[i] for i in ids).lstrip())
+    growing = GrowingText(tokenizer, skip_special_tokens=True)
+    assert [growing.certain([1, 2, 3][:count]) for count in (1, 2, 3)] == ["one", "one two", "one two three"]
 
 
 def test_many_tokens_at_once_are_the_same_text():

@@ -100,6 +100,9 @@ def test_tokens_are_counted_once_though_the_last_choice_ends_while_a_chunk_is_se
         end(asked.running[1], "345")
         assert told([first, *chunks]) == ["12", "345", 5]
         assert told([*answer.chunks()]) == []
+        asked, answer = start(2)
+        end(asked.running[0], "12")
+        assert told([*answer.chunks()]) == ["12"], "the other one goes on"
 
     asyncio.run(run())
 
@@ -124,7 +127,7 @@ def piece_of(index: int, text: str, texts: list[str], begin: int, name: str, *, 
 
 @pytest.mark.parametrize("kind", ["completion", "chat"])
 def test_a_whole_answer_and_its_stream_have_the_fields_of_openai(kind) -> None:
-    """The second choice ends with half a character, and the first is told in two parts."""
+    """The second choice ends with half a character, and the first is told in three parts."""
     is_chat = kind == "chat"
     bodies = [CompletionBody(prompt=[5], n=2, logprobs=0, stream=stream) for stream in (False, True)]
     if is_chat:
@@ -154,12 +157,14 @@ def test_a_whole_answer_and_its_stream_have_the_fields_of_openai(kind) -> None:
         }
 
         asked, answer = start(2, bodies[1])
-        grow(asked.running[0], TOKENIZER("1")["input_ids"])
+        grow(asked.running[0], euro)
         grow(asked.running[1], euro[:1])
-        first = list(answer.chunks())
-        end(asked.running[0], TOKENIZER("23")["input_ids"])
+        chunks = list(answer.chunks())
+        grow(asked.running[0], TOKENIZER("2")["input_ids"])
+        chunks += answer.chunks()
+        end(asked.running[0], TOKENIZER("3")["input_ids"])
         end(asked.running[1], euro[1:])
-        chunks = [*first, *answer.chunks()]
+        chunks += answer.chunks()
         kinds = {"chat.completion.chunk" if is_chat else "text_completion"}
         assert {chunk.pop("object") for chunk in chunks} == kinds
         assert all({name: chunk.pop(name) for name in head} == head and chunk.pop("created") for chunk in chunks)
@@ -167,8 +172,9 @@ def test_a_whole_answer_and_its_stream_have_the_fields_of_openai(kind) -> None:
         euros = [TOKENIZER.decode([token]) for token in euro]
         told = [
             *({"index": index, **begin} for index in range(2) if is_chat),
-            piece(0, "1", ["1"], 0, "delta") | {"finish_reason": None},
-            piece(0, "23", ["2", "3"], 1, "delta") | ends,
+            piece(0, "\u20ac", euros, 0, "delta") | {"finish_reason": None},
+            piece(0, "2", ["2"], 1, "delta") | {"finish_reason": None},
+            piece(0, "3", ["3"], 2, "delta") | ends,
             piece(1, "\u20ac", euros, 0, "delta") | ends,
         ]
         assert chunks == [{"choices": [one]} for one in told]
