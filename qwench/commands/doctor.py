@@ -16,9 +16,6 @@ from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.sections.verbs import DoctorConfig
 from qwench.models.decoder.native.compiler import COMPILERS, find_compilers
@@ -123,6 +120,8 @@ def render(findings: Sequence[Finding]) -> str:
 
 def python() -> Finding:
     """Say which Python and PyTorch these are."""
+    import torch  # seconds, for which --help does not wait
+
     version = torch.__version__
     old = tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < (2, 11)
     found = f"{sys.version.split()[0]}, torch {version}"
@@ -133,6 +132,8 @@ def python() -> Finding:
 
 def gpus() -> list[Finding]:
     """Say what each GPU is, or that there is none."""
+    import torch  # as in `python`
+
     if not torch.cuda.is_available():
         built_for = torch.version.cuda or torch.version.hip
         advice = "the driver does not answer: try nvidia-smi or rocm-smi" if built_for else "this PyTorch is built for CPUs"
@@ -149,6 +150,9 @@ def gpus() -> list[Finding]:
 
 def collectives() -> Finding:
     """Say which libraries can move tensors between ranks."""
+    import torch  # as in `python`
+    import torch.distributed as dist
+
     there = [name for name, has in (("gloo", dist.is_gloo_available()), ("NCCL", dist.is_nccl_available())) if has]
     if torch.cuda.is_available() and "NCCL" not in there:
         advice = "several GPUs need NCCL (RCCL on AMD): install a PyTorch built with it"

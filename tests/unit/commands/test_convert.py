@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
 from qwench.checkpoints.convert import Conversion, Converted
 from qwench.commands import convert
-from qwench.commands.convert import PROMPTS, _report, _verify, convert_torch_dist_to_hf, run
+from qwench.commands.convert import convert_torch_dist_to_hf, run
 from qwench.errors import CheckpointError, ConfigError, OutputError
+from qwench.launch import conversion as module
+from qwench.launch.conversion import PROMPTS, _report, _verify
 from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.models.random_qwen3 import make_checkpoint
 from tests.fakes.console import RecordingConsole
@@ -79,7 +81,7 @@ def test_weights_that_were_not_written_as_they_were_read_are_told_by_the_logits(
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Conversion, bool]]:
     """Return what would be converted, and whether it would be verified."""
     made: list[tuple[Conversion, bool]] = []
-    monkeypatch.setattr(convert, "_run", lambda conversion, *, verify=False: made.append((conversion, verify)))
+    monkeypatch.setattr(module, "_run", lambda conversion, *, verify=False: made.append((conversion, verify)))
     return made
 
 
@@ -128,7 +130,7 @@ def test_an_adapter_is_extracted_from_the_model_and_its_base(monkeypatch, capsys
             raise OSError(28, "No space left on device")
         return SimpleNamespace(kept=0.875, num_other=3)
 
-    monkeypatch.setattr(convert, "extract_adapter", extract)
+    monkeypatch.setattr(module, "extract_adapter", extract)
     words = ["--input", str(model), "--hf-checkpoint", str(base), "--output", str(out), "--to", "lora", "--lora-rank", "4"]
     run(words)
     assert capsys.readouterr().out == (
@@ -149,7 +151,7 @@ def test_an_adapter_has_no_logits_to_verify(tmp_path: Path) -> None:
 
 def test_the_bar_of_all_ranks_advances_by_whole_megabytes_of_one_rank() -> None:
     steps: list[int] = []
-    add = convert._in_megabytes(steps.append, 4)
+    add = module._in_megabytes(steps.append, 4)
     for nbytes in (200_000, 100_000, 1_000_000):
         add(nbytes)
     assert steps == [0, 1, 4]  # 0.8, 1.2 and 5.2 MB of four ranks
