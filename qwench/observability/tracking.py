@@ -103,14 +103,14 @@ class JsonlSink:
         """Rewrite the file without the records at or after `first_steps`, and without a line cut off by a kill."""
         records = list(_read_records(self._path))
         kept = [line for line, record in records if _is_before(record, first_steps)]
-        if first_steps.get(Axis.ROLLOUT, 0) > 0 and not kept:
+        if first_steps[Axis.ROLLOUT] and not kept:
             _logger.warning(
                 "%s has no record of the %d rollouts before: it was deleted or emptied, or another folder has it; "
                 "its history begins here",
                 self._path,
                 first_steps[Axis.ROLLOUT],
             )
-        elif not first_steps.get(Axis.ROLLOUT, 0) and records:
+        elif not first_steps[Axis.ROLLOUT] and records:
             _logger.warning("%s: %d records of an earlier run are replaced", self._path, len(records))
         with written(f"{self._flag} {self._path.parent}", self._path):
             write_atomically(self._path, "".join(f"{line}\n" for line in kept))
@@ -170,7 +170,7 @@ class TensorBoardSink:
     def __init__(self, folder: Path) -> None:
         """Name the folder."""
         self._folder = folder
-        self._first_steps: dict[Axis, int] = {}
+        self._first_steps: Mapping[Axis, int] = {}
         self._make_event = import_tensorboard().Event
         self._files: dict[Axis, GrowingFile] = {}
 
@@ -183,9 +183,7 @@ class TensorBoardSink:
 
     def drop_from(self, first_steps: Mapping[Axis, int]) -> None:
         """Tell TensorBoard to hide what was written at or after these steps."""
-        self.close()
-        self._files.clear()
-        self._first_steps = dict(first_steps)
+        self._first_steps = first_steps
 
     def check(self) -> None:
         """Check that every record is on the disk; see `GrowingFile.check`."""
@@ -262,7 +260,7 @@ class WandbSink(_Service):
         run_id: str | None = None,
         host: str | None = None,
         key: str | None = None,
-        steps_per_rollout: int = 1,
+        steps_per_rollout: int,
     ) -> None:
         """Start the service.
 
