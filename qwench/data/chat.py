@@ -76,10 +76,8 @@ def _messages_in_json(text: str) -> list[Json] | None:
     if not text.lstrip().startswith("["):
         return None
     try:
-        found: Json = json.loads(text)
+        found: list[Json] = json.loads(text)
     except (ValueError, RecursionError):
-        return None
-    if not isinstance(found, list) or not found:
         return None
     return found if all(isinstance(one, Mapping) and {"role", "content"} <= set(one) for one in found) else None
 

@@ -1,10 +1,12 @@
 import json
+from contextlib import nullcontext
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tokenizers.processors import TemplateProcessing
 
-from qwench.data.chat import tokenize
+from qwench.data.chat import ChatRenderer, as_messages, tokenize
 from qwench.data.prompts import LoadedPrompts, NoPrompts, PromptSource, load_prompts
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.built_tokenizers import build_small_tokenizer
@@ -148,6 +150,40 @@ def test_a_template_that_writes_far_more_than_it_is_given_is_refused_and_a_long_
     assert load_one(tmp_path, {"prompt": text}, tokenizer=endless, apply_chat_template=True).text == "x" * 1000 + text
 
 
+@pytest.mark.parametrize(
+    ("size", "most"), [(2, 2**20), (200_000, 10 * (200_000 + len("([{'role': 'user', 'content': ''}], None)")))]
+)
+def test_a_template_may_write_a_million_characters_or_ten_times_what_it_is_given(size, most):
+    filling = build_small_tokenizer()
+    filling.chat_template = "{{ messages[-1]['content'] }}{{ 'x' * n }}"
+    message = {"role": "user", "content": "x" * size}
+    for extra in (0, 1):
+        renderer = ChatRenderer(filling, template_kwargs={"n": most + extra - size})
+        with nullcontext() if not extra else pytest.raises(ConfigError, match=f"writes {most + 1:,} characters"):
+            assert len(renderer.render([message])) == most
+
+
+def test_each_role_is_tried_where_it_may_stand():
+    picky = build_small_tokenizer()
+    picky.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' or m.role == 'system' and loop.first or m.role == 'assistant' and "
+        "messages[0].role == 'user' %}{{ m['content'] + ';' }}{% endif %}{% endfor %}"
+    )
+    system, asked, answer = ({"role": role, "content": role} for role in ("system", "user", "assistant"))
+    assert ChatRenderer(picky).render([system, asked]) == "system;user;"
+    assert ChatRenderer(picky).render([asked, answer]) == "user;assistant;"
+    with pytest.raises(ConfigError, match="role 'critic' is not one that the chat template writes"):
+        ChatRenderer(picky).render([asked, {"role": "critic", "content": "no"}])
+
+
+@pytest.mark.parametrize(("size", "shown"), [(80, 80), (81, 77)])
+def test_what_is_refused_is_shown_up_to_a_line(size, shown):
+    value = {"a": "x" * (size - len("{'a': ''}"))}
+    with pytest.raises(ConfigError) as refused:
+        as_messages(value, place="here")
+    assert f"got {repr(value)[:shown]}{'' if shown == size else '...'}; correct" in str(refused.value)
+
+
 def test_a_template_that_writes_what_is_no_text_is_refused(tmp_path):
     broken = build_small_tokenizer()
     broken.chat_template = r"{{ messages[-1]['content'] }}{{ '\x00' }}"
@@ -162,8 +198,13 @@ def test_tokenizer_without_a_template_is_refused(tmp_path):
         load(tmp_path, [{"prompt": "x"}], tokenizer=bare, apply_chat_template=True)
 
 
-def test_no_texts_have_no_tokens():
-    assert tokenize(TOKENIZER, []) == []
+def test_rendered_texts_get_no_further_special_tokens_and_no_texts_have_none():
+    marking = build_small_tokenizer()
+    marking.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 7)]
+    )
+    assert marking("a")["input_ids"] == [7, ord("a")]
+    assert (tokenize(marking, ["a", "bc"]), tokenize(marking, [])) == ([[97], [98, 99]], [])
 
 
 def test_a_pass_rate_is_read_from_0_to_1_and_null_is_not_known(tmp_path):
@@ -242,7 +283,9 @@ def test_messages_as_json_text_are_read_as_messages(tmp_path):
     assert prompt.text == "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n2+5?<|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize("text", ["[2, 5]", "[1, 2] + [3]", '[{"x": 1}]', "[]"])
+@pytest.mark.parametrize(
+    "text", ["[2, 5]", "[1, 2] + [3]", '[{"x": 1}]', '[{"content": "x"}]', '[{"role": "user", "content": "x"}, 3]', "[]"]
+)
 def test_text_that_only_looks_like_messages_stays_text(tmp_path, text):
     prompt = load_one(tmp_path, {"prompt": text}, apply_chat_template=True)
     assert prompt.text == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
@@ -255,7 +298,7 @@ def _called(call):
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
-@pytest.mark.parametrize("tools", [[1], ["f"], '["f"]', [[]]])
+@pytest.mark.parametrize("tools", [[1], ["f"], '["f"]', [[]], [{}, 1]])
 def test_tools_that_are_no_records_are_refused_by_line(tmp_path, tools):
     with pytest.raises(ConfigError, match=r"data\.jsonl:1: tools must be a list of records"):
         load(tmp_path, [{"prompt": "a", "tools": tools}], apply_chat_template=True)
@@ -276,6 +319,9 @@ def test_whatever_a_template_raises_is_one_line(tmp_path, monkeypatch, template)
         ([{"role": "user", "content": False}], "must be text or text parts, got False"),
         ([{"role": "user", "content": {"text": "hi"}}], "must be text or text parts"),
         ([{"role": "user", "content": ["hi"]}], "must be text or text parts"),
+        ([{"role": "user", "content": [{"text": "hi"}, "x"]}], "must be text or text parts"),
+        ([{"role": "user", "content": [{"text": "hi"}, {"type": "x"}]}], "must be text or text parts"),
+        ([{"role": "user", "content": [{"type": "refusal", "text": "hi"}]}], "must be text or text parts"),
         ([{"role": "user", "content": []}], "must be text or text parts"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x.png"}]}], "must be text or text parts"),
         ([{"role": "user", "content": [{"type": "text", "text": 7}]}], "must be text or text parts"),
@@ -333,10 +379,13 @@ def test_a_member_that_no_template_writes_is_refused_in_a_message_and_in_a_part(
             load(tmp_path, [{"prompt": [{"role": "user", **message}]}], apply_chat_template=True)
 
 
-def test_an_empty_system_message_and_a_tool_that_returned_nothing_are_kept(tmp_path):
-    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
-    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "go"}, call, {"role": "tool", "content": ""}]
-    assert "<tool_response>\n\n</tool_response>" in load_one(tmp_path, {"prompt": messages}, apply_chat_template=True).text
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_an_empty_system_message_and_a_tool_that_returned_nothing_are_kept(tmp_path, content):
+    call = {"role": "assistant", **content, "tool_calls": [{"name": "f", "arguments": {}}]}
+    thought = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+    messages = [{"role": "system", "content": ""}, USER, call, {"role": "tool", "content": ""}, thought, USER]
+    text = load_one(tmp_path, {"prompt": messages}, apply_chat_template=True).text
+    assert text.index('{"name": "f", "arguments": {}}') < text.index("<tool_response>\n\n</tool_response>")
 
 
 def test_members_that_say_nothing_are_no_part_of_a_message(tmp_path):

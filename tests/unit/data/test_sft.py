@@ -146,6 +146,7 @@ def test_long_preview_is_cut_and_says_so(tmp_path):
     [
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "the answer"}]},
         {"messages": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "the answer"}]},
+        {"conversations": conversation("the answer")["messages"]},
         {"prompt": "q", "completion": "the answer"},
         {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "the answer"}]},
         {"instruction": "q", "input": "", "output": "the answer"},
@@ -156,6 +157,13 @@ def test_the_forms_of_conversations_train_on_the_same_answer(tmp_path, row):
     sample = first_sample(load(tmp_path, [row]))
     expected = first_sample(load(tmp_path, [conversation("the answer")]))
     assert (sample.tokens, sample.loss_mask) == (expected.tokens, expected.loss_mask)
+
+
+@pytest.mark.parametrize("role", ["tool", "observation"])
+def test_the_result_of_a_tool_is_one_in_the_form_of_sharegpt_too(tmp_path, role):
+    said = [("human", "q"), ("gpt", "look"), (role, "7"), ("gpt", "the answer")]
+    [example] = load(tmp_path, [{"conversations": [{"from": who, "value": text} for who, text in said]}]).examples
+    assert [message["role"] for message in example.messages] == ["user", "assistant", "tool", "assistant"]
 
 
 def test_the_column_of_the_flag_decides_among_two_forms_of_conversation(tmp_path):
@@ -216,6 +224,12 @@ def test_an_answer_of_weight_zero_is_not_trained_on(tmp_path):
         ({"instruction": 1, "output": "7"}, "key 'instruction' must be text"),
         ({"instruction": "q", "input": 1, "output": "7"}, "key 'input' must be text"),
         ({"instruction": "q", "output": 7}, "key 'output' must be text"),
+        ({"prompt": "q"}, r"key 'messages' \(--input-key\) is missing; the row has: prompt"),
+        ({"messages": [{"from": "human", "value": "q"}, {"role": "user"}]}, "a message must be a record with `role`"),
+        (
+            conversation("", tool_calls=[{"function": {"name": "f", "arguments": "{"}}]),
+            "the text of a call's arguments is not JSON",
+        ),
         ({"question": "q", "answer": "7"}, r"key 'messages' \(--input-key\) is missing; the row has: question, answer"),
         (conversation(7), "must be text or text parts, got 7"),
         (conversation({"text": "seven"}), "must be text or text parts"),
