@@ -75,8 +75,9 @@ class DerivedMask:
     def __init__(self, renderer: ChatRenderer, tokenizer: PreTrainedTokenizerBase) -> None:
         self._renderer = renderer
         self._opening = _generation_prompt(renderer)
-        markers = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
-        self._end_marker = re.compile(r"\s*(?:" + "|".join(map(re.escape, reversed(markers))) + ")")
+        # In this order a marker comes before those that it begins with.
+        markers = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), reverse=True)
+        self._end_marker = re.compile(r"\s*(?:" + "|".join(map(re.escape, markers)) + ")")
 
     def __call__(self, messages: Conversation, tools: Sequence[Json] | None, place: str) -> list[Segment]:
         """Return the segments of the full render."""

@@ -69,11 +69,16 @@ def test_the_reward_that_passes_may_be_lower():
     assert source.curriculum is not None
     source.curriculum.measure([rewarded(source.next_groups(1)[0], 0.4, 0.3)])
     assert source.curriculum.state_dict()["rates"] == [(0, 0.5)]
+    alone = source_of([None], n=1)
+    assert alone.curriculum is not None
+    alone.curriculum.measure([rewarded(alone.next_groups(1)[0], 1.0)])
+    assert alone.curriculum.state_dict()["rates"] == [(0, 1.0)]
 
 
 def test_a_row_is_drawn_again_after_some_epochs_outside_of_the_band():
     source = source_of([0.0, 0.5], curriculum_retry_epochs=2)
     assert letters(source.next_groups(7)) == "bbabbba"
+    assert letters(source_of([0.0, 0.5], curriculum_retry_epochs=1).next_groups(4)) == "babb"
     assert letters(source_of([0.5, 0.5, 0.0], curriculum_retry_epochs=2).next_groups(9)) == "abababcab"
 
 

@@ -43,6 +43,11 @@ def test_epoch_ends_only_when_the_next_row_is_taken():
     assert cursor.state_dict()["epoch"] == 1
 
 
+def test_a_data_set_without_rows_has_no_order():
+    with pytest.raises(AssertionError, match="has rows"):
+        make_cursor(0)
+
+
 def test_a_batch_larger_than_the_data_spans_epochs():
     assert rows(make_cursor(2, shuffle=False), 5) == [0, 1, 0, 1, 0]
 
@@ -73,9 +78,9 @@ def test_state_of_another_data_set_is_refused(other):
 @pytest.mark.parametrize(
     ("shuffled", "other", "problem"),
     [
-        (True, DataCursor(5, fingerprint="f", samples_per_row=2, shuffle=True, seed=7), "--rollout-seed was 42 and is 7"),
-        (True, make_cursor(5, shuffle=False), "--rollout-shuffle was on and is off"),
-        (False, make_cursor(5), "--rollout-shuffle was off and is on"),
+        (True, DataCursor(5, fingerprint="f", samples_per_row=2, shuffle=True, seed=7), "--rollout-seed was 42 and is 7: the"),
+        (True, make_cursor(5, shuffle=False), "--rollout-shuffle was on and is off: the"),
+        (False, make_cursor(5), "--rollout-shuffle was off and is on: the"),
     ],
 )
 def test_a_state_of_another_order_is_refused_by_its_flag(shuffled, other, problem):

@@ -10,6 +10,8 @@ from tests.unit.data.test_prompts import load, load_one
     ("label", "problem"),
     [
         (["7"], r"must be a string or a number, got \[\"7\"\]"),
+        (["x" * 56], rf"must be a string or a number, got \[\"{'x' * 56}\"\];"),
+        (["x" * 57], rf"must be a string or a number, got \[\"{'x' * 55}\.\.\.;"),
         ({"ground_truth": "7"}, "must be a string or a number"),
         (True, "must be a string or a number, got true"),
         (" \t", "is blank"),
@@ -67,7 +69,15 @@ def test_a_number_as_label_is_text_without_an_exponent(tmp_path, number, text, r
 
 @pytest.mark.parametrize(
     ("label", "read"),
-    [("2+5=7\n#### 7", "7"), ("#### 1,000", "1,000"), ("a #### 1\n#### -2", "-2"), ("{1}", "{1}"), ("None", "None")],
+    [
+        ("2+5=7\n#### 7", "7"),
+        ("#### 1,000", "1,000"),
+        ("a #### 1\n#### -2", "-2"),
+        ("{1}", "{1}"),
+        ("{1", "{1"),
+        ("\\boxed{1}", "\\boxed{1}"),
+        ("None", "None"),
+    ],
 )
 def test_the_answer_of_gsm8ks_solutions_is_read(tmp_path, label, read):
     assert load_one(tmp_path, {"prompt": "a", "label": label}, label_key="label", require_label=True).label == read

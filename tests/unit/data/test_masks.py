@@ -155,6 +155,15 @@ def test_template_without_prompt_and_marker_trains_on_the_answer():
     assert trained(found) == ["a"]
 
 
+def test_the_longest_end_marker_is_trained_and_a_token_that_is_no_marker_is_not():
+    marked = build_small_tokenizer()
+    marked.add_special_tokens({"additional_special_tokens": ["<end>>", "<end>"]})
+    marked.add_tokens(["<note>"])
+    for after, learned in (("<end>>", "a<end>>"), ("<note><end>", "a")):
+        marked.chat_template = f"{{% for m in messages %}}{{{{ m.role }}}}: {{{{ m.content }}}}{after}{{% endfor %}}"
+        assert trained(segments(None, [user("q"), assistant("a")], tokenizer=marked)) == [learned]
+
+
 def test_template_that_hides_the_answer_is_refused():
     tokenizer = build_small_tokenizer()
     short = "{{ m.content if m.content | length < 9 else '' }}"
@@ -183,11 +192,27 @@ def test_qwen3_keeps_the_thinking_of_every_turn():
     assert trained(found) == [f"{thought}<|im_end|>\n", "<think>\n\n</think>\n\nb<|im_end|>\n"]
 
 
-def test_qwen3_lists_tools_once():
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        ("qwen3", "<think>\n\n</think>\n\na<|im_end|>\n"),
+        ("qwen", "a<|im_end|>\n"),
+        ("distill_qwen", "a"),
+    ],
+)
+def test_tools_are_listed_once(kind, answer):
     tools = [{"type": "function", "function": {"name": "add"}}]
-    found = segments("qwen3", [user("q"), assistant("a")], tools=tools)
+    found = segments(kind, [user("q"), assistant("a")], tools=tools)
     assert text(found).count("# Tools") == 1
-    assert text(found).endswith(f"<|im_start|>user\nq<|im_end|>\n{ASSISTANT}<think>\n\n</think>\n\na<|im_end|>\n")
+    assert text(found).endswith(f"<|im_start|>user\nq<|im_end|>\n{ASSISTANT}{answer}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "before"), [(None, 0), ("qwen", 0), ("qwen", 1), ("qwen3", 0), ("qwen3", 1), ("distill_qwen", 0)]
+)
+def test_a_message_that_is_not_written_is_refused_by_its_row(kind, before):
+    with pytest.raises(ConfigError, match=r"^here: role 'human' is not one"):
+        segments(kind, [user("q")] * before + [{"role": "human", "content": "q"}, assistant("a")])
 
 
 def test_qwen3_writes_tool_results_in_a_row_into_one_turn_and_qwen_each_into_its_own():
@@ -207,6 +232,8 @@ def test_distill_trains_on_the_bare_last_content():
         (f"<|im_start|>user\nq<|im_end|>\n{ASSISTANT}", False),
         ("a", True),
     ]
+    found = segments("distill_qwen", [user("q"), assistant("a"), user("r"), assistant("b", step_loss_mask=0)])
+    assert [(segment.text, segment.trained) for segment in found[1:]] == [("b", False)]
 
 
 @pytest.mark.parametrize("content", [None, [{"type": "text", "text": "a"}]])
