@@ -164,6 +164,12 @@ def test_the_longest_end_marker_is_trained_and_a_token_that_is_no_marker_is_not(
         assert trained(segments(None, [user("q"), assistant("a")], tokenizer=marked)) == [learned]
 
 
+def test_an_answer_behind_which_the_template_writes_nothing_is_trained_to_its_end():
+    bare = build_small_tokenizer()
+    bare.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    assert trained(segments(None, [user("q"), assistant("12"), user("r"), assistant("3")], tokenizer=bare)) == ["12", "3"]
+
+
 def test_template_that_hides_the_answer_is_refused():
     tokenizer = build_small_tokenizer()
     short = "{{ m.content if m.content | length < 9 else '' }}"
