@@ -143,8 +143,8 @@ def test_a_call_that_the_template_cannot_render_is_refused_by_line(tmp_path):
 def test_a_template_that_writes_far_more_than_it_is_given_is_refused_and_a_long_row_is_not(tmp_path, text):
     endless = build_small_tokenizer()
     load(tmp_path, [{"prompt": text}], tokenizer=endless, apply_chat_template=True)
-    endless.chat_template = "{{ 'x' * 100000000 }}{{ messages[-1]['content'] }}"
-    with pytest.raises(ConfigError, match=r"jsonl:1: the chat template writes 100,\d+,\d+ characters around a far shorter"):
+    endless.chat_template = "{{ 'x' * 5000000 }}{{ messages[-1]['content'] }}"
+    with pytest.raises(ConfigError, match=r"jsonl:1: the chat template writes 5,\d+,\d+ characters around a far shorter"):
         load(tmp_path, [{"prompt": text}], tokenizer=endless, apply_chat_template=True)
     endless.chat_template = "{{ 'x' * 1000 }}{{ messages[-1]['content'] }}"  # far more than a short row, and yet short
     assert load_one(tmp_path, {"prompt": text}, tokenizer=endless, apply_chat_template=True).text == "x" * 1000 + text
