@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from datetime import timedelta
 
 import torch.distributed as dist
+
+from qwench.wire.addresses import listen
 
 LOOPBACK = "127.0.0.1"
 _BACKLOG = 1024
@@ -18,7 +19,7 @@ class Rendezvous:
 
     def __init__(self, address: str = LOOPBACK) -> None:
         """Listen on a free port of `address`, of this machine, which every rank must reach."""
-        listener = socket.create_server((address, 0), backlog=_BACKLOG)
+        listener = listen(address, backlog=_BACKLOG)
         self._address, self._port = listener.getsockname()[:2]
         self._store = dist.TCPStore(
             self._address,

@@ -70,7 +70,8 @@ def check_import_path(flag: str, value: str | None) -> None:
 
 
 def check_address(flag: str, value: str) -> None:
-    """Refuse anything but `host:port`, with or without `http://`."""
+    """Refuse anything but `host:port`, with or without `http://`; an IPv6 address stands in brackets."""
     host, colon, port = value.removeprefix("http://").rstrip("/").rpartition(":")
-    if not (host and colon and port.isdecimal()):
+    bare_ipv6 = ":" in host and not (host.startswith("[") and host.endswith("]"))
+    if not (host and colon and port.isdecimal()) or bare_ipv6:
         raise ConfigError(f"{flag} must be host:port, got {value!r}")

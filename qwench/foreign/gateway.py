@@ -21,8 +21,10 @@ from qwench.engines.embedded.http.border import foreign_caller
 from qwench.errors import ConfigError, EngineError
 from qwench.rollout.agent_sessions import AgentSession, RequestRefusedError
 from qwench.rollout.generate import Requests, TokenSource
+from qwench.wire.addresses import http_url
 
 LOOPBACK = "127.0.0.1"
+_LOOPBACK_OF = {"0.0.0.0": LOOPBACK, "::": "::1"}
 _MAX_BODY_BYTES = 2**24
 Json = dict[str, Any]  # a JSON object has no closed type
 
@@ -66,7 +68,7 @@ class Gateway:
     @property
     def url(self) -> str:
         """Return the address."""
-        return f"http://{LOOPBACK}:{self.port}"
+        return http_url(LOOPBACK, self.port)
 
     async def open(self) -> None:
         """Listen on a free port of this machine."""
@@ -101,7 +103,7 @@ class Gateway:
         self._sessions[name] = session
         assert self._runner is not None, "open comes first"
         host, port = self._runner.addresses[-1][:2]
-        return f"http://{LOOPBACK if host == '0.0.0.0' else host}:{port}/sessions/{name}"
+        return f"{http_url(_LOOPBACK_OF.get(host, host), port)}/sessions/{name}"
 
     def close_session(self, name: str) -> None:
         """Serve a session no more."""

@@ -24,7 +24,7 @@ from qwench.engines.fleet.event_loop import EventLoopThread
 from qwench.engines.kinds.receiver import HttpReceiver, Receiver
 from qwench.engines.protocol import Portion
 from qwench.errors import EngineError, WeightSyncError
-from qwench.wire.addresses import EngineAddress
+from qwench.wire.addresses import EngineAddress, family_of
 from qwench.wire.flat_bucket import TensorEntry
 from qwench.wire.weight_group import WeightGroup, backend_for, listening_store
 
@@ -197,12 +197,12 @@ def address_towards(base_urls: Sequence[str]) -> str:
     for url in base_urls:
         host = urlsplit(url).hostname or ""
         try:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            with socket.socket(family_of(host), socket.SOCK_DGRAM) as probe:
                 probe.connect((host, 9))  # sends nothing: it only chooses the route
                 own = probe.getsockname()[0]
         except OSError as cause:
             raise WeightSyncError(f"the engine at {url} cannot be reached from this machine: {cause}") from cause
-        address = address if own.startswith("127.") else own
+        address = address if own.startswith("127.") or own == "::1" else own
     return address
 
 

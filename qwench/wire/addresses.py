@@ -94,6 +94,21 @@ def placement_of(*devices: torch.device) -> Placement:
     return Placement(host=host_name(), devices=tuple(device_name(device) for device in devices))
 
 
+def http_url(host: str, port: int) -> str:
+    """Return the URL of a server; an IPv6 address stands in brackets."""
+    return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{port}"
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """Return the family of an address; names count as IPv4."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def listen(host: str, port: int = 0, *, backlog: int | None = None) -> socket.socket:
+    """Return a socket that listens at an address of this machine; port 0 is a free one."""
+    return socket.create_server((host, port), family=family_of(host), backlog=backlog)
+
+
 def unused_port(host: str) -> int:
     """Return a port on which no process listens now.
 
@@ -102,9 +117,9 @@ def unused_port(host: str) -> int:
     """
     for port in random.SystemRandom().sample(range(_FIRST_PORT, _LAST_PORT), _ATTEMPTS):
         try:
-            socket.create_server((host, port)).close()
+            listen(host, port).close()
         except OSError:
             continue
         return port
-    with socket.create_server((host, 0)) as free:
+    with listen(host) as free:
         return int(free.getsockname()[1])

@@ -6,7 +6,6 @@ for a group of that name, as SGLang builds it, so that either end may be SGLang.
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from qwench.errors import WeightSyncError
 from qwench.threads import daemon
+from qwench.wire.addresses import listen
 
 _POLL_S = 0.0002
 _WATCHDOG_GRACE_S = 600.0
@@ -34,7 +34,7 @@ def backend_for(device: torch.device) -> str:
 
 def listening_store(address: str, *, timeout_s: float) -> tuple[dist.TCPStore, int]:
     """Return a store that others reach at `address` and the port that is returned; it listens nowhere else."""
-    listener = socket.create_server((address, 0))
+    listener = listen(address)
     port = listener.getsockname()[1]
     store = dist.TCPStore(
         address,

@@ -262,6 +262,7 @@ def test_the_first_message_of_a_server_is_a_request_that_can_be_pasted(tmp_path)
     body = json.loads(words[words.index("-d") + 1])
     assert body["lora_path"] == "law" and GenerateBody.model_validate(body).sampling_params.max_new_tokens == 32
     assert "lora_path" not in greeting("tiny", {}, host="127.0.0.1", port=8000)
+    assert "http://[::1]:8000/v1; ask: curl -s 'http://[::1]:8000/generate'" in greeting("tiny", {}, host="::1", port=8000)
 
 
 def test_a_body_that_is_not_sent_as_json_is_refused_with_the_header_to_send(model, server):

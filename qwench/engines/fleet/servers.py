@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -27,7 +26,7 @@ from qwench.engines.client import HEALTH_TIMEOUT_S
 from qwench.errors import EngineError
 from qwench.files import written
 from qwench.observability.processes import STACKS_SIGNAL, ask_for_stacks
-from qwench.wire.addresses import Placement, unused_port
+from qwench.wire.addresses import Placement, http_url, listen, unused_port
 
 HEALTH_POLL_S = 0.2
 LAST_HEALTH_TIMEOUT_S = 2.0
@@ -207,7 +206,8 @@ class ServerProcess:
         Raises:
             EngineError: see `Server.start`; nothing of it is left running then.
         """
-        url = f"http://{self._command.host}:{self._port}"
+        assert self._port is not None, "launch comes first"
+        url = http_url(self._command.host, self._port)
         while not _is_healthy(
             url, timeout_s=max(min(HEALTH_TIMEOUT_S, self._deadline - time.monotonic()), LAST_HEALTH_TIMEOUT_S)
         ):
@@ -292,10 +292,10 @@ def check_port_is_free(label: str, host: str, port: int, *, flag: str | None = N
         EngineError: a process does, or the host is not an address of this machine.
     """
     try:
-        socket.create_server((host, port)).close()
+        listen(host, port).close()
     except OSError as cause:
         advice = f"choose another with {flag}" if flag is not None else "end what holds it"
-        raise EngineError(f"{label} cannot listen on {host}:{port} ({cause.strerror}); {advice}.") from cause
+        raise EngineError(f"{label} cannot listen on {host} port {port} ({cause.strerror}); {advice}.") from cause
 
 
 def _write_privately(path: Path, text: str) -> None:

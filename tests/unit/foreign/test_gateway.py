@@ -127,7 +127,8 @@ def test_requests_under_way_end_with_the_gateway_or_when_it_is_asked():
 
 def test_agents_reach_their_sessions_at_an_address_of_their_own_that_must_be_free():
     async def check(gateway, engine):
-        for host, shown in (("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1")):
+        ipv6 = (("::", r"\[::1\]"), ("::1", r"\[::1\]")) if socket.has_dualstack_ipv6() else ()
+        for host, shown in (("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), *ipv6):
             own = Gateway(engine, Tokenizer(), max_tokens=100, agents_at=(host, 0))
             await own.open()
             url = own.open_session("a", None)

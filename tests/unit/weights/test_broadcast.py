@@ -240,8 +240,8 @@ class RoutedSocket:
     """Chooses this machine's address as its routes would: loopback for itself, one of its own for others."""
 
     def __init__(self, family: int, kind: int) -> None:
-        assert (family, kind) == (socket.AF_INET, socket.SOCK_DGRAM)
-        self._own = ""
+        assert kind == socket.SOCK_DGRAM
+        self._own, self._family = "", family
 
     def __enter__(self) -> RoutedSocket:
         return self
@@ -251,6 +251,8 @@ class RoutedSocket:
 
     def connect(self, address: tuple[str, int]) -> None:
         routes = {"localhost": "127.0.0.1", "127.0.1.1": "127.0.1.1", "node7": "10.0.0.5", "node8": "10.0.0.5"}
+        if self._family == socket.AF_INET6:
+            routes = {"::1": "::1", "fd00::7": "fd00::5"}
         if address[0] not in routes:
             raise socket.gaierror("name or service not known")
         self._own = routes[address[0]]
@@ -268,6 +270,8 @@ class RoutedSocket:
         (["node7"], "10.0.0.5"),
         (["localhost", "node7"], "10.0.0.5"),
         (["node8", "localhost"], "10.0.0.5"),
+        (["[::1]"], "127.0.0.1"),
+        (["[fd00::7]"], "fd00::5"),
     ],
 )
 def test_engines_are_told_an_address_that_all_of_them_reach(monkeypatch, hosts, address):

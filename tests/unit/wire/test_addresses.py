@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from qwench.wire import addresses
-from qwench.wire.addresses import CPU, Placement, gpu_names, host_name, local_gpu, placement_of, unused_port
+from qwench.wire.addresses import (
+    CPU,
+    Placement,
+    gpu_names,
+    host_name,
+    http_url,
+    listen,
+    local_gpu,
+    placement_of,
+    unused_port,
+)
 from tests.deadlines import patient
 
 RANDOM_NODE = 0x0100_0000_0000
@@ -59,6 +69,19 @@ def test_a_gpu_is_found_by_its_name_under_any_number(monkeypatch: pytest.MonkeyP
     assert placement_of(torch.device("cuda", 1)) == Placement(host=host_name(), devices=("GPU-b",))
     with pytest.raises(KeyError, match="GPU-c"):
         local_gpu("GPU-c")
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("node", "node"), ("::1", "[::1]"), ("[::1]", "[::1]")]
+)
+def test_an_address_of_ipv6_stands_in_brackets(host: str, shown: str) -> None:
+    assert http_url(host, 80) == f"http://{shown}:80"
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_ports_of_ipv6_addresses_can_be_listened_on() -> None:
+    with listen("::1", unused_port("::1")) as listener, pytest.raises(OSError, match="in use"):
+        listen("::1", listener.getsockname()[1])
 
 
 def test_an_unused_port_can_be_listened_on_and_an_address_elsewhere_has_none() -> None:

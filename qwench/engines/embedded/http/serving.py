@@ -23,6 +23,7 @@ from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.engines.fleet.servers import check_port_is_free
 from qwench.errors import EngineError
 from qwench.threads import daemon
+from qwench.wire.addresses import http_url
 
 _logger = logging.getLogger(__name__)
 
@@ -89,9 +90,10 @@ def greeting(checkpoint: str | Path, adapters: Mapping[str, Path], *, host: str,
     """Return what is served, where, and a request that can be pasted into a shell."""
     named = {"lora_path": next(iter(adapters))} if adapters else {}
     body = json.dumps({"text": "1 + 2 =", **named, "sampling_params": {"max_new_tokens": 32}})
-    request = ["curl", "-s", f"http://{host}:{port}/generate", "-H", "Content-Type: application/json", "-d", body]
+    url = http_url(host, port)
+    request = ["curl", "-s", f"{url}/generate", "-H", "Content-Type: application/json", "-d", body]
     beside = f" with adapters {', '.join(adapters)}" if adapters else ""
-    return f"serving {checkpoint}{beside}; OpenAI's clients: http://{host}:{port}/v1; ask: {shlex.join(request)}"
+    return f"serving {checkpoint}{beside}; OpenAI's clients: {url}/v1; ask: {shlex.join(request)}"
 
 
 class ServerThread:
@@ -118,7 +120,7 @@ class ServerThread:
     @property
     def base_url(self) -> str:
         """Return where it listens."""
-        return f"http://{LOOPBACK}:{self._socket.getsockname()[1]}"
+        return http_url(LOOPBACK, self._socket.getsockname()[1])
 
     def __enter__(self) -> ServerThread:
         """Start, and return when requests are answered."""

@@ -140,11 +140,16 @@ def test_a_server_that_accepts_and_never_answers_is_given_up_at_its_deadline(tmp
 def test_a_port_that_is_taken_is_named(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        said = rf"^engine 0 cannot listen on 127\.0\.0\.1:{port} \(Address already in use.*\); "
+        said = rf"^engine 0 cannot listen on 127\.0\.0\.1 port {port} \(Address already in use.*\); "
         with pytest.raises(EngineError, match=f"{said}end what holds it"):
             ServerProcess(command(tmp_path, HEALTHY, port=port)).start()
         with pytest.raises(EngineError, match=f"{said}choose another with --port"):
             check_port_is_free("engine 0", "127.0.0.1", port, flag="--port")
+    if socket.has_dualstack_ipv6():
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+            port = taken.getsockname()[1]
+            with pytest.raises(EngineError, match=rf"^engine 0 cannot listen on ::1 port {port} \(Address already in use"):
+                check_port_is_free("engine 0", "::1", port)
 
 
 def test_a_server_that_is_not_running_or_cannot_be_asked_has_no_stacks(tmp_path):
