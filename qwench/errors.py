@@ -6,6 +6,12 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def cannot_listen(what: str, host: str, port: int, cause: OSError, *, flag: str | None = None) -> str:
+    """Say that a port cannot be listened on, and by which flag another is chosen; None: by no flag."""
+    advice = f"choose another with {flag}" if flag is not None else "end what holds it"
+    return f"{what} cannot listen on {host} port {port} ({cause.strerror or cause}); {advice}."
+
+
 class QwenchError(Exception):
     """Base of all errors raised on purpose."""
 

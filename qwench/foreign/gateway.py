@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qwench.engines.embedded.http.api import GenerateBody, answer_text, no_stop_trims, to_response
 from qwench.engines.embedded.http.border import foreign_caller
-from qwench.errors import ConfigError, EngineError
+from qwench.errors import ConfigError, EngineError, cannot_listen
 from qwench.rollout.agent_sessions import AgentSession, RequestRefusedError
 from qwench.rollout.generate import Requests, TokenSource
 from qwench.wire.addresses import http_url
@@ -90,7 +90,8 @@ class Gateway:
             try:
                 await web.TCPSite(self._runner, host, port).start()
             except OSError as error:
-                raise EngineError(f"--session-server-ip {host} --session-server-port {port}: {error.strerror}.") from error
+                flag = "--session-server-ip and --session-server-port"
+                raise EngineError(cannot_listen("sessions of agents", host, port, error, flag=flag)) from error
 
     async def close(self) -> None:
         """End open requests and listen no more."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from qwench.errors import ConfigError
+from qwench.errors import ConfigError, cannot_listen
 from qwench.observability.metrics import Axis, Record
 from qwench.threads import daemon
 
@@ -82,7 +82,7 @@ def _open(port: int, handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServ
     try:
         return ThreadingHTTPServer(("", port), handler)
     except OSError as error:
-        raise ConfigError(f"{_FLAG} {port} cannot be served ({error.strerror or error}); give another port.") from error
+        raise ConfigError(cannot_listen("metrics", "0.0.0.0", port, error, flag=_FLAG)) from error
 
 
 def _lines(name: str, label: str, value: float) -> str:

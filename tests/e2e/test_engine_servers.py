@@ -277,7 +277,7 @@ def test_a_port_in_use_is_named_before_the_model_is_loaded(workspace: Workspace,
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         code, error = in_process(["serve", "--hf-checkpoint", str(workspace.model), "--port", port])
-    assert code == 1 and port in error and "--port" in error, error
+    assert code == 2 and port in error and "--port" in error, error
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_a_router_port_in_use_is_named_before_an_engine_is_started(
         port = str(taken.getsockname()[1])
         argv = [*workspace.train_argv(tmp_path / "run", rollout_num_gpus=1, colocate=None), "--router-port", port]
         code, error = in_process(argv)
-    assert code == 1 and f"127.0.0.1:{port}" in error and "choose another with --router-port" in error, error
+    assert code == 2 and f"127.0.0.1 port {port}" in error and "choose another with --router-port" in error, error
     assert not list((tmp_path / "run").rglob("engine-*.log"))
 
 

@@ -23,7 +23,7 @@ from typing import Protocol
 
 from qwench.config.environment import without_rank
 from qwench.engines.client import HEALTH_TIMEOUT_S
-from qwench.errors import EngineError
+from qwench.errors import ConfigError, EngineError, cannot_listen
 from qwench.files import written
 from qwench.observability.processes import STACKS_SIGNAL, ask_for_stacks
 from qwench.wire.addresses import Placement, http_url, listen, unused_port
@@ -289,13 +289,14 @@ def check_port_is_free(label: str, host: str, port: int, *, flag: str | None = N
     """Check that no process listens on a port.
 
     Raises:
-        EngineError: a process does, or the host is not an address of this machine.
+        ConfigError: a process does, or the host is not an address of this machine; the user chose them with `flag`.
+        EngineError: the same without a flag.
     """
     try:
         listen(host, port).close()
     except OSError as cause:
-        advice = f"choose another with {flag}" if flag is not None else "end what holds it"
-        raise EngineError(f"{label} cannot listen on {host} port {port} ({cause.strerror}); {advice}.") from cause
+        error = EngineError if flag is None else ConfigError
+        raise error(cannot_listen(label, host, port, cause, flag=flag)) from cause
 
 
 def _write_privately(path: Path, text: str) -> None:

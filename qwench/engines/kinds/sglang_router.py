@@ -72,8 +72,7 @@ def check_router_words(words: Sequence[str]) -> None:
     """Check the user's --router-* flags with the parser of the installed router.
 
     Raises:
-        ConfigError: it is not installed, or does not take them.
-        EngineError: another process listens on --router-port.
+        ConfigError: it is not installed or does not take them, or another process listens on --router-port.
     """
     _, port = _take_port(words)
     if port is not None:

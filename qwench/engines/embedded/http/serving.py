@@ -61,8 +61,8 @@ def serve(
         waits_for_weights: load none; see `EmbeddedEngine.from_checkpoint`.
 
     Raises:
-        ConfigError: a model this engine cannot run, or an adapter of another model.
-        EngineError: an open port without a token, or one that is taken.
+        ConfigError: a model this engine cannot run, an adapter of another model, or a port that is taken.
+        EngineError: an open port without a token.
     """
     token = token or None  # an empty one would be no secret
     if host not in _LOOPBACK_HOSTS and token is None:

@@ -15,7 +15,7 @@ import pytest
 
 from qwench.engines.fleet import servers
 from qwench.engines.fleet.servers import ServerCommand, ServerProcess, check_port_is_free, server_environ, tail, visible_devices
-from qwench.errors import EngineError
+from qwench.errors import ConfigError, EngineError
 from tests.deadlines import patient
 
 DEADLINE_S = patient(30)
@@ -143,7 +143,7 @@ def test_a_port_that_is_taken_is_named(tmp_path):
         said = rf"^engine 0 cannot listen on 127\.0\.0\.1 port {port} \(Address already in use.*\); "
         with pytest.raises(EngineError, match=f"{said}end what holds it"):
             ServerProcess(command(tmp_path, HEALTHY, port=port)).start()
-        with pytest.raises(EngineError, match=f"{said}choose another with --port"):
+        with pytest.raises(ConfigError, match=f"{said}choose another with --port"):
             check_port_is_free("engine 0", "127.0.0.1", port, flag="--port")
     if socket.has_dualstack_ipv6():
         with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
