@@ -53,6 +53,7 @@ def test_devices_are_counted_once_where_they_are_shared():
 def test_ranks_are_ordered_by_address_as_a_number_and_by_device():
     seats = [seat("10.0.0.10", 0), seat("10.0.0.9", 1), seat("10.0.0.10", 1), seat("10.0.0.9", 0)]
     assert order_of(seats) == [3, 1, 0, 2]
+    assert order_of([seat("::1", 0), seat("10.0.0.9", 0)]) == [1, 0], "IPv4 comes before IPv6"
 
 
 def test_colocated_engines_have_neighbouring_devices_of_one_node():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,11 +37,11 @@ def events() -> list[str]:
     return []
 
 
-def colocated(events: list[str], *, engines: Sequence[object] = (), **offload: bool) -> ColocatedGpus:
+def colocated(events: list[str], *, engines: Sequence[object] = (), timer: object = None, **offload: bool) -> ColocatedGpus:
     """Return the owner of devices that a pool and a learner share."""
     both = {"offload_rollout": True, "offload_train": True} | offload
     pool = Recorded("engines", events, engines)
-    return ColocatedGpus(pool, PhaseTimer(), weights_may_alias=True, **both)  # type: ignore[arg-type]
+    return ColocatedGpus(pool, timer or PhaseTimer(), weights_may_alias=True, **both)  # type: ignore[arg-type]
 
 
 def hold(gpus: ColocatedGpus, events: list[str], *, then: Callable[[], None] = lambda: None) -> None:
@@ -53,6 +55,20 @@ def test_engines_sleep_while_the_learner_holds_the_devices_and_it_sleeps_while_t
     for _ in range(2):
         hold(gpus, events)
     assert events == ["engines sleep", "learner wake", "learn", "learner sleep", "engines wake"] * 2
+
+
+def test_moving_memory_is_a_phase_of_the_step(events: list[str]) -> None:
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        events.append(f"begin {name}")
+        yield
+        events.append(f"end {name}")
+
+    hold(colocated(events, timer=SimpleNamespace(phase=phase)), events)
+    assert events == [
+        "begin offload", "engines sleep", "learner wake", "end offload", "learn",
+        "begin offload", "learner sleep", "engines wake", "end offload",
+    ]  # fmt: skip
 
 
 def test_engines_that_made_room_for_the_learner_to_be_built_are_not_put_to_sleep_twice(events: list[str]) -> None:
@@ -84,6 +100,8 @@ def test_the_learner_keeps_the_devices_though_the_engines_have_ended(events: lis
     )
     gpus.keep_for(Recorded("learner", events))
     assert events == ["learner wake"] and "the engines keep their memory: no answer" in caplog.text
+    with pytest.raises(EngineError, match="no answer"):
+        gpus.make_room()  # it is asked for again
 
 
 def test_what_is_not_offloaded_stays(events: list[str]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +58,7 @@ class PlayedRay:
     def __init__(self, **resources: float) -> None:
         self.resources, self.notes, self.actors = resources, [], []
         self.timeouts: list[float | None] = []
+        self.waits: list[str] = []
         self.answers: Callable[[type, int], dict[str, object]] = lambda _cls, _number: {}
         self.util = SimpleNamespace(get_node_ip_address=lambda: "127.0.0.1")
 
@@ -112,6 +115,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PlayedRay]:
             return SimpleNamespace(wait=lambda timeout_s: grants and timeout_s == 300.0)
 
         monkeypatch.setattr(cluster_ray, "ray", ray)
+        monkeypatch.setattr(cluster_ray, "waiting", lambda label: ray.waits.append(label) or nullcontext())
         monkeypatch.setattr(cluster_ray, "placement_group", placement_group)
         monkeypatch.setattr(cluster_ray, "remove_placement_group", lambda group: ray.notes.append(("give back", group)))
         return ray
@@ -119,7 +123,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PlayedRay]:
     return play
 
 
-SEATS = [("10.0.0.2", 0), ("10.0.0.1", 1), ("10.0.0.1", 0), ("10.0.0.0", 2)]
+SEATS = [("10.0.0.2", 0), ("10.0.0.1", 1), ("10.0.0.1", 0), ("10.0.0.0", 2), ("10.0.0.0", 1)]
 """Of the policy on two nodes, and of a critic on a node before those."""
 
 
@@ -148,13 +152,13 @@ def test_actors_take_their_bundles_become_ranks_by_node_and_device_and_all_is_gi
     ray.answers = answers_of
     cluster = RayCluster(address=None, environ={"A": "1"})
     ((name, words),) = ray.notes
-    assert name == "init" and words.pop("namespace").startswith("qwench-")
+    assert name == "init" and re.fullmatch("qwench-[0-9a-f]{8}", words.pop("namespace"))
     assert words == {"logging_level": logging.WARNING, "include_dashboard": False}
     assert cluster.has_gpus is (kind == "GPU")
 
-    cluster.reserve(Bundles(trainer=(2, 1), critic=(1,), engines=(2,)))
-    assert ray.notes[1] == ("reserve", [{"CPU": size, kind: size} for size in (2, 1, 1, 2)], "PACK")
-    assert [scheduled_of(actor) for actor in ray.actors] == [0, 0, 1, 2]
+    cluster.reserve(Bundles(trainer=(2, 1), critic=(2,), engines=(2, 1)))
+    assert ray.notes[1] == ("reserve", [{"CPU": size, kind: size} for size in (2, 1, 2, 2, 1)], "PACK")
+    assert [scheduled_of(actor) for actor in ray.actors] == [0, 0, 1, 2, 2]
     for actor in ray.actors:
         assert (actor.options["cls"], actor.options["groups"]) == (TrainerActor, {"concurrency_groups": {"signs": 1}})
         asked = {name: actor.options[name] for name in ("num_cpus", "num_gpus", "max_concurrency", "runtime_env")}
@@ -163,28 +167,32 @@ def test_actors_take_their_bundles_become_ranks_by_node_and_device_and_all_is_gi
         assert asked == {"num_cpus": 1, "num_gpus": gpus, "max_concurrency": 1, "runtime_env": {"env_vars": environ}}
 
     ranks = cluster.start_ranks()
-    in_order = [ray.actors[place] for place in (2, 1, 0, 3)]
-    for rank, (actor, device, here) in enumerate(zip(in_order, (0, 1, 0, 2), (2, 2, 1, 1), strict=True)):
+    in_order = [ray.actors[place] for place in (2, 1, 0, 4, 3)]
+    for rank, (actor, device, here) in enumerate(zip(in_order, (0, 1, 0, 1, 2), (2, 2, 1, 2, 2), strict=True)):
         seat, (method, number, environ, options) = actor.calls
         assert (seat, method, number) == (("seat",), "become", rank)
-        assert (environ["RANK"], environ["WORLD_SIZE"], environ["LOCAL_RANK"]) == (str(rank), "4", str(device))
+        assert (environ["RANK"], environ["WORLD_SIZE"], environ["LOCAL_RANK"]) == (str(rank), "5", str(device))
         assert (environ["MASTER_ADDR"], options) == ("127.0.0.1", {"folder": str(Path.cwd()), "ranks_here": here})
-    assert ranks.size == 4
+    assert ranks.size == 5
+    socket.create_connection((environ["MASTER_ADDR"], int(environ["MASTER_PORT"]))).close()  # the ranks' store is kept
 
-    (server,) = cluster.make_servers(["make"], sizes=[2])
-    engine = ray.actors[4]
+    server, other = cluster.make_servers(["make", "other"], sizes=[2, 1])
+    engine = ray.actors[5]
+    assert (other.label, scheduled_of(ray.actors[6]), ray.actors[6].options["num_cpus"]) == ("engine 1", 4, 1)
     assert (scheduled_of(engine), engine.options["num_cpus"], engine.options["num_gpus"]) == (3, 2, 2 if kind == "GPU" else 0)
     assert (engine.options["cls"], engine.options["max_concurrency"], engine.options["groups"]) == (EngineActor, 4, {})
     assert engine.options["runtime_env"] == {"env_vars": VISIBLE}
     assert (server.label, server.placement) == ("engine 0", None)
     assert engine.calls[1] == ("prepare", "make", answers_of(EngineActor, 0)["place"])
-    assert ray.timeouts == [300.0] * 4
+    assert ray.timeouts == [300.0] * 5
+    starts = ["start the trainer's actors", "number the trainer's ranks", "start the engines' actors"]
+    assert ray.waits == [f"8 {kind}s of the Ray cluster", *starts, *["prepare the engines' actors"] * 2]
 
     ray.notes.clear()
     cluster.close()
-    ended = [("kill", actor) for actor in (engine, *in_order)]
-    assert engine.calls[-1] == ("stop",) and ray.notes[:5] == ended
-    assert [note[0] for note in ray.notes[5:]] == ["give back", "shutdown"]
+    ended = [("kill", actor) for actor in (*ray.actors[5:], *in_order)]
+    assert engine.calls[-1] == ("stop",) and ray.notes[:7] == ended
+    assert [note[0] for note in ray.notes[7:]] == ["give back", "shutdown"]
     ranks.end()
 
 
@@ -207,6 +215,9 @@ def test_a_cluster_that_is_too_small_or_held_by_others_is_said(played):
     needs = "the run needs 3 GPUs .2 for the trainer, 1 for engines apart from it., and the Ray cluster has 2; ask for fewer"
     with pytest.raises(ConfigError, match=needs):
         cluster.reserve(Bundles(trainer=(2,), engines=(1,)))
+    played(memory=1)
+    with pytest.raises(ConfigError, match="and the Ray cluster has 0; ask for fewer"):
+        RayCluster(address=None, environ={}).reserve(Bundles(trainer=(1,), engines=()))
     played(grants=False, CPU=3)
     cluster = RayCluster(address=None, environ={})
     with pytest.raises(TrainingError, match="did not give 3 CPUs within 300 s, in bundles of 2 on one node; another job may"):
@@ -218,10 +229,13 @@ def test_a_cluster_that_is_too_small_or_held_by_others_is_said(played):
 def test_actors_that_do_not_start_end_the_run(failure, played):
     ray = played(CPU=1)
     ray.answers = lambda _cls, _number: {"seat": failure}
+    cluster = RayCluster(address=None, environ={})
     with pytest.raises(TrainingError) as raised:
-        RayCluster(address=None, environ={}).reserve(Bundles(trainer=(1,), engines=()))
+        cluster.reserve(Bundles(trainer=(1,), engines=()))
     why = "no answer from Ray within 300 s; see ray status." if isinstance(failure, GetTimeoutError) else "gone"
     assert str(raised.value) == f"start the trainer's actors: {why}"
+    cluster.close()
+    assert ("kill", ray.actors[0]) in ray.notes
 
 
 def test_ranks_answer_each_call_and_a_lost_one_is_a_death(played):
@@ -229,6 +243,7 @@ def test_ranks_answer_each_call_and_a_lost_one_is_a_death(played):
     late = Reference(Answer(value=3), is_ready=False)
     lost = RayActorError()
     actors = [PlayedActor({"answer": one, "stacks": "frames"}) for one in (Answer(value=1), lost, late)]
+    actors[2] = PlayedActor({"answer": late, "stacks": RayError("gone\nfor good")})
     ranks = RayRanks(actors, rendezvous=None)
     watched = [one for one in processes._processes if one.label.startswith("trainer rank")]
     ranks.send(Call(method="learn"))
@@ -239,7 +254,8 @@ def test_ranks_answer_each_call_and_a_lost_one_is_a_death(played):
     late.is_ready = True
     assert ranks.receive(0.5) == [(2, Answer(value=3))]
     assert [note for note in ray.notes if note[0] == "wait"] == [("wait", 1, 1.5), ("wait", 1, 0.5)]
-    assert [(one.label, one.stacks()) for one in watched] == [(f"trainer rank {rank}", "frames") for rank in range(3)]
+    assert [one.label for one in watched] == [f"trainer rank {rank}" for rank in range(3)]
+    assert [one.stacks() for one in watched] == ["frames", "frames", "(no answer: gone)"]
     watched[0].silent_s()
     assert actors[0].calls[1:] == [("stacks",), ("beat",)] and ray.timeouts[-3:] == [10.0] * 3
     ranks.end()
