@@ -129,6 +129,8 @@ class ForeignError(Exception):
 
 
 def test_error_that_cannot_travel_is_told_by_name():
+    error = ConfigError("no such flag")
+    assert Failure.of(error).error is error
     try:
         raise ForeignError(3, "home")
     except ForeignError as error:
