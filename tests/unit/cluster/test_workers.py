@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from qwench.cluster import workers
 from qwench.cluster.messages import Answer, Call, Death, Failure, RankReply, RankTraceback
 from qwench.cluster.workers import RemoteLearner, WorkerGroup
 from qwench.config.sections.timeouts import TimeoutConfig
@@ -64,7 +65,21 @@ def test_answers_are_in_order_of_ranks_however_they_come():
     group, ranks = group_of((3.0, 0, Answer(value="a")), (1.0, 2, Answer(value="c")), (2.0, 1, Answer(value="b")), size=3)
     assert group.call("run", 1, label="x", timeout_s=10) == ["a", "b", "c"]
     assert ranks.calls == [Call(method="run", arguments=(1,))]
-    assert ranks.ended == 0
+    assert (ranks.ended, ranks.clock.now) == (0, 3.0)
+
+
+def test_a_wait_says_what_it_is_for_and_who_is_late(monkeypatch: pytest.MonkeyPatch):
+    waits: list[tuple[str, str]] = []
+    monkeypatch.setattr(workers, "waiting", lambda label, late: waits.append((label, late())) or nullcontext())
+    group, _ = group_of((0.0, 0, Answer()), (0.0, 1, Answer()))
+    group.call("run", label="publish", timeout_s=10)
+    assert waits == [("publish", "no answer from trainer rank 0, 1 of 2")]
+
+
+def test_ranks_are_ended_and_not_asked_to_close_while_a_call_is_under_way():
+    group, ranks = group_of((0.0, 0, Answer(value=1)), (0.0, 1, Answer(value=2)))
+    assert group.call("learn", label="learn", timeout_s=10, check=group.close) == [1, 2]
+    assert [call.method for call in ranks.calls] == ["learn"] and ranks.ended == 1
 
 
 def test_deadline_names_what_and_who_is_late():
@@ -97,9 +112,10 @@ def test_foreign_error_comes_as_it_is_with_a_note():
 
 def test_death_is_told_rather_than_what_it_did_to_others():
     broken = failure(RuntimeError("connection closed by peer"))
-    group, _ = group_of((0.0, 0, broken), (0.5, 1, Death(reason="was ended by SIGKILL", output="last words")))
+    group, ranks = group_of((0.0, 0, broken), (0.5, 1, Death(reason="was ended by SIGKILL", output="last words")))
     with pytest.raises(TrainingError, match=r"rank 1 of 2 was ended by SIGKILL during: learn\. .* last words$"):
         group.call("learn", label="learn", timeout_s=100)
+    assert (ranks.ended, ranks.clock.now) == (1, 0.5), "nothing else is waited for"
 
 
 def test_error_raised_on_purpose_is_told_rather_than_a_foreign_one():
