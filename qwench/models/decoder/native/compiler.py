@@ -12,6 +12,7 @@ COMPILERS = ("g++", "clang++")
 # No fast-math: not-a-number must stay one.
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC")
 _TIMEOUT_S = 300
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 def find_compilers() -> list[str]:
@@ -45,7 +46,6 @@ def _run(command: Sequence[str], folder: Path) -> str:
 
 def _processor() -> str:
     """Return what `-march=native` depends on."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="ascii", errors="replace").splitlines() if path.exists() else []
+    lines = _CPU_INFO.read_text(encoding="ascii", errors="replace").splitlines() if _CPU_INFO.exists() else []
     kinds = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
     return "\n".join([platform.machine(), platform.processor(), *sorted(kinds)])

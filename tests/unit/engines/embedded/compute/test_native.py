@@ -11,9 +11,9 @@ from qwench.engines.embedded.compute.attention_native import NativeAttention
 from qwench.engines.embedded.compute.batch import Chunks, StepBatch
 from qwench.engines.embedded.compute.sampler import Draws, SamplingRows, sample
 from qwench.engines.embedded.scheduling.uniform import uniform
-from qwench.models.decoder.native.library import library
+from tests.compiler import needs_compiler
 
-pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
+pytestmark = needs_compiler
 PAGE_SIZE, NUM_PAGES = 4, 64
 
 

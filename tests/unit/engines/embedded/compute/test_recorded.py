@@ -10,11 +10,11 @@ import torch
 from qwench.engines.embedded.compute import recorded as module
 from qwench.engines.protocol import MemoryTag
 from qwench.models.decoder.native import recording
-from qwench.models.decoder.native.library import library
 from qwench.models.decoder.native.recording import Recording
+from tests.compiler import needs_compiler
 from tests.contract.engine_hosts import ask, generate_all, make_engine, make_model, prompt_of
 
-pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
+pytestmark = needs_compiler
 
 
 def _requests(name: str):

@@ -6,13 +6,15 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional
 
 from qwench.models.decoder import elementwise
 from qwench.models.decoder.native import elementwise as kernels
-from qwench.models.decoder.native.library import library
-from qwench.models.decoder.native.products import MOST_ROWS, linear
+from qwench.models.decoder.native import products
+from qwench.models.decoder.native.products import linear
+from tests.compiler import needs_compiler
 
-pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
+pytestmark = needs_compiler
 DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)]
 """Each with the tolerance of its results."""
 SHAPES = [(5, 64, 4, 2, 16, 100), (33, 96, 9, 3, 64, 1300), (1, 30, 2, 1, 10, 7)]
@@ -38,10 +40,35 @@ def test_products_equal_float64_and_a_row_does_not_depend_on_the_others(dtype, t
         assert torch.equal(linear(x[:8], weight, added), y[:8])
 
 
-@pytest.mark.parametrize("rows", [0, 1, 7, MOST_ROWS + 1])
-def test_products_of_other_heights_are_pytorchs(rows):
-    x, weight = torch.randn(rows, 32), torch.randn(5, 32)
+@pytest.mark.parametrize(
+    ("x", "weight", "is_ours"),
+    [
+        *((torch.randn(rows, 32), torch.randn(5, 32), 8 <= rows <= 64) for rows in (0, 1, 7, 8, 64, 65)),
+        (torch.randn(8, 31), torch.randn(5, 31), False),
+        (torch.randn(32, 8).T, torch.randn(5, 32), False),
+        (torch.randn(8, 32), torch.randn(32, 5).T, False),
+    ],
+)
+def test_products_of_other_shapes_are_pytorchs(monkeypatch, x, weight, is_ours):
+    asked = []
+    monkeypatch.setattr(products.products, "linear", lambda *given: asked.append(given) or functional.linear(*given))
     torch.testing.assert_close(linear(x, weight), x @ weight.T)
+    assert asked == ([] if is_ours else [(x, weight, None)])
+
+
+def test_threads_share_many_multiplications_or_elements(monkeypatch):
+    works = []
+    for module in (products, kernels):
+        monkeypatch.setattr(module, "threads_for", lambda work, *, smallest: works.append((work, smallest)) or 1)
+    x = torch.ones(8, 6)
+    linear(x, torch.ones(5, 6))
+    kernels.add_rms_norm(x, None, torch.ones(6), 1e-6)
+    kernels.silu_mul(x, x)
+    cache = torch.zeros(2, 1, 8, 1, 2)
+    kernels.qk_norm_rope_store(
+        (x, x[:, :2], x[:, :2]), None, x[:, :2].contiguous(), torch.zeros(8, dtype=torch.int32), torch.arange(8), *cache, 1e-6
+    )
+    assert works == [(8 * 6 * 5, 2**20), (48, 2**15), (48, 2**15), (48, 2**15)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES, ids=str)

@@ -7,17 +7,20 @@ import hashlib
 import logging
 import os
 import pwd
+import re
 import shutil
 import time
 from ctypes import CDLL
 from pathlib import Path
 
 import pytest
+import torch
 
 from qwench.engines.embedded.settings import EmbeddedSettings
 from qwench.models.decoder.native import compiler
 from qwench.models.decoder.native import library as module
 from qwench.models.decoder.native.compiler import find_compilers
+from tests.compiler import HAS_COMPILER, needs_compiler
 
 _make = module.library.__wrapped__
 """Without the memory of an earlier call."""
@@ -53,7 +56,7 @@ def test_a_compiler_that_fails_is_quoted_and_pytorch_computes(monkeypatch, caplo
     assert said in caplog.text
 
 
-@pytest.mark.skipif(module.library() is None, reason="needs a C++ compiler")
+@needs_compiler
 def test_the_next_compiler_is_tried_and_libraries_that_nothing_uses_are_removed(monkeypatch, caplog, tmp_path):
     built, bad = Path(module.library()._name), _compiler(tmp_path, 'test "$1" = --version || exit 3')
 
@@ -77,7 +80,7 @@ def test_the_next_compiler_is_tried_and_libraries_that_nothing_uses_are_removed(
     assert made.stat().st_mtime > month_ago + 86400  # a use that counts
 
 
-@pytest.mark.skipif(module.library() is None, reason="needs a C++ compiler")
+@needs_compiler
 def test_the_library_is_compiled_once_and_again_where_it_is_damaged_or_cannot_be_kept(monkeypatch, tmp_path):
     compiled, built = [], Path(module.library()._name).read_bytes()
 
@@ -111,7 +114,44 @@ def test_the_library_is_compiled_once_and_again_where_it_is_damaged_or_cannot_be
     assert len(compiled) == 8
 
 
-@pytest.mark.skipif(module.library() is None, reason="needs a C++ compiler")
+def test_the_compiler_is_asked_for_objects_and_for_a_library_of_them(monkeypatch, tmp_path):
+    log = tmp_path / "asked"
+    script = f'echo "$@" >> {log}; pwd >> {log}; test "$1" != -shared || touch kernels.so'
+    monkeypatch.setattr(compiler, "COMPILERS", (_compiler(tmp_path, script),))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _make() is None  # an empty file is no library
+    version, _, objects, folder, shared, again = log.read_text().splitlines()
+    parts = [Path(module.__file__).with_name(name) for name in ("attention", "draw", "elementwise", "products")]
+    options = "-std=c++17 -O3 -march=native -fno-math-errno -fPIC"
+    assert version == "--version"
+    assert objects == " ".join([options, "-c", *(f"{part}.cpp" for part in parts)])
+    assert shared == " ".join(["-shared -o kernels.so", *(f"{part.name}.o" for part in parts)])
+    assert folder == again and not Path(folder).exists()
+
+
+@needs_compiler
+def test_another_processor_needs_another_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "compile_library", lambda *given: Path(module.library()._name))
+    monkeypatch.setattr(compiler, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines = ["model name : A", "flags : sse", "Features : asimd", "CPU part : 0xd40"]
+    others = [[*lines[:i], f"{line} B", *lines[i + 1 :]] for i, line in enumerate(lines)]
+    found = []
+    for cores in (None, lines, ["processor : 0", *lines, "processor : 1", *lines], *others):
+        if cores is not None:
+            (tmp_path / "cpuinfo").write_text("\n".join(cores))
+        assert isinstance(_make(), CDLL)
+        found.append({path.name for path in (tmp_path / ".cache" / "qwench").iterdir()})
+    assert [len(names) for names in found] == [1, 2, 2, 3, 4, 5, 6]
+    assert all(re.fullmatch(r"kernels-[0-9a-f]{16}\.so", name) for name in found[-1])
+
+
+def test_threads_share_work_that_is_large(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    assert [module.threads_for(work, smallest=4) for work in (3, 4, 5)] == [1, 5, 5]
+
+
+@needs_compiler
 def test_a_library_that_found_no_room_leaves_nothing_behind(monkeypatch, tmp_path):
     def refuse(source, target):
         place = Path(target)
@@ -125,7 +165,7 @@ def test_a_library_that_found_no_room_leaves_nothing_behind(monkeypatch, tmp_pat
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.mark.skipif(module.library() is None or shutil.which("clang++") is None, reason="needs clang++ beside another compiler")
+@pytest.mark.skipif(not HAS_COMPILER or shutil.which("clang++") is None, reason="needs clang++")
 def test_a_library_of_clang_finds_its_threads_in_pytorch(monkeypatch, tmp_path):
     monkeypatch.setattr(compiler, "COMPILERS", ("clang++",))
     monkeypatch.setenv("HOME", str(tmp_path))

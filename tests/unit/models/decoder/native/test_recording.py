@@ -6,14 +6,15 @@ import threading
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
-from qwench.models.decoder.native import elementwise, recording
-from qwench.models.decoder.native.library import library
+from qwench.models.decoder.native import elementwise
 from qwench.models.decoder.native.products import linear
 from qwench.models.decoder.native.recording import Recording
+from tests.compiler import needs_compiler
 
-pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
+pytestmark = needs_compiler
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -48,18 +49,22 @@ def _double(x):
 def test_other_operations_make_a_recording_useless_and_change_no_result(outside):
     x = torch.ones(2, 8)
     with Recording() as recorded:
-        y = outside(_double(x))
+        made = _double(x)
+        y = outside(made)
     assert not recorded.is_complete
     assert torch.equal(y, outside(torch.full((2, 8), 2.0)))
+    made.zero_()
+    recorded.play()
+    assert not made.any()
 
 
-def test_large_tensors_are_not_kept(monkeypatch):
-    x, norm = torch.ones(2, 8), torch.ones(8)
-    for limit, fits in ((2 * 64, True), (2 * 64 - 1, False)):  # two tensors of 2 x 8 x 4 bytes
-        monkeypatch.setattr(recording, "CACHE_BYTES", limit)
-        with Recording() as recorded:
-            elementwise.add_rms_norm(x, x, norm, 1e-6)
-        assert recorded.is_complete == fits
+@pytest.mark.parametrize(("num_floats", "fits"), [(2**20, True), (2**20 + 1, False)])
+def test_tensors_are_kept_up_to_four_mebibytes(num_floats, fits):
+    with Recording() as recorded:
+        kept = StorageWeakRef(torch.empty(2**19).untyped_storage())
+        torch.empty(num_floats - 2**19)
+    assert recorded.is_complete == fits
+    assert kept.expired() != fits
 
 
 def test_another_thread_is_not_recorded():
