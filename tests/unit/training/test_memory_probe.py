@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -17,8 +18,9 @@ from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from qwench.errors import TrainingError
 from qwench.training.critic import Critic
-from qwench.training.memory_budget import ActivationBudget
+from qwench.training.memory_budget import ActivationBudget, kept_bytes
 from qwench.training.memory_probe import Longest, MemoryProbe, _loss, largest_lengths
+from qwench.training.packed_decoder import Keep
 from tests.fakes.trainer import TableTrainer
 from tests.unit.config.architectures import QWEN3_4B
 
@@ -39,7 +41,7 @@ def _plan(size: int, *, ranks: int = 1, parallel: ParallelConfig | None = None, 
     config = Config(
         rollout=RolloutConfig(rollout_batch_size=size),
         training=TrainingConfig(global_batch_size=size, **training),
-        cluster=ClusterConfig(actor_num_gpus_per_node=ranks),
+        cluster=ClusterConfig(actor_num_gpus_per_node=ranks, num_gpus_per_node=12),
         parallel=parallel or ParallelConfig(),
     )
     return plan_run(config, QWEN3_4B)
@@ -92,6 +94,45 @@ def test_the_flag_to_lower_is_the_one_that_limits_the_micro_batch(
     assert probe.state_bytes == plan.rank_bytes.device
     # The input of each layer in bfloat16, and float32 logits.
     assert probe.activation_bytes == 36 * 1000 * 2560 * 2 + 1000 * 151_936 * 4
+
+
+def test_a_rank_keeps_its_share_of_layers_and_logits_for_each_stage() -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3, context_parallel_size=2)
+    plan = _plan(6, ranks=12, parallel=parallel, use_dynamic_batch_size=True, max_tokens_per_gpu=1000)
+    limit = Longest(num_tokens=999, flag="--rollout-max-response-len")
+    training, critic = TrainingConfig(log_probs_chunk_size=300), replace(PROBE)
+    options = {"temperature": 0.5, "with_entropy": True, "engine_bytes": 7, "of_critic": critic}
+    probe = MemoryProbe.of(plan, training, limit, **options, dtype=torch.bfloat16)
+    assert probe.lengths == (999, 999, 2) and probe.num_micro_batches == 2
+    kept = kept_bytes(QWEN3_4B, 1000, Keep.ALL, torch.bfloat16) * 2 // 6
+    assert probe.activation_bytes == kept + 300 * 4 * 151_936 // 2
+    assert {name: getattr(probe, name) for name in options} == options and probe.vocab_size == 151_936
+    plan = _plan(60, ranks=12, parallel=parallel, use_dynamic_batch_size=True, max_tokens_per_gpu=1000)
+    assert MemoryProbe.of(plan, training, limit, **options, dtype=torch.bfloat16).num_micro_batches == 3
+
+
+def test_on_a_gpu_the_peak_of_all_ranks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, calls = torch.device("cuda", 1), list[object]()
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda given: calls.append(("reset", given)))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda given: (5 << 30) if given == device else 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda given: SimpleNamespace(total_memory=80 << 30))
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: calls.append(devices) or nullcontext())
+
+    def forward_backward(micro_batches: list[object], loss: object, **options: object) -> None:
+        calls.append((len(micro_batches), loss, options["temperature"], options["with_entropy"], options["after_each"]()))
+
+    budget = SimpleNamespace(predict=lambda *sizes, free: calls.append((*sizes, free)) or (9 << 30))
+    trainer = SimpleNamespace(
+        device=device,
+        activation_budget=budget,
+        prepare_steps=lambda: None,
+        forward_backward=forward_backward,
+        drop_gradients=lambda: None,
+        max_over_ranks=lambda value: 2 * value,
+    )
+    text = replace(PROBE, engine_bytes=1 << 30, temperature=0.7).run(trainer, None)
+    assert " s and at most 10 of 80 GiB; predicted 8 GiB of" in text and text.endswith(" = 18 GiB")
+    assert calls == [("reset", device), [device], (2, _loss, 0.7, True, None), ("reset", device), (21, 18, 71 << 30)]
 
 
 def test_a_probe_computes_gradients_and_drops_them() -> None:
@@ -150,6 +191,7 @@ def test_too_little_memory_ends_in_one_line_with_the_flag_and_the_bytes() -> Non
         "memory of a trainer rank: predicted 8 GiB of weights, gradients and optimizer state + 3 GiB of activations and "
         "logits = 11 GiB, the device has "
     )
+    assert 0.5 < float(text.partition("the device has ")[2].split()[0]) < 10**5
     assert text.endswith(
         " GiB; lower --micro-batch-size. If no rollout becomes so large, --no-memory-probe starts without the check."
     )
