@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from qwench.models.architecture import Architecture
 from qwench.models.hf import architecture_of
 from qwench.training.fsdp.direct import FlatGradients, FlatTensors
+from qwench.training.memory_budget import kept_bytes
 from qwench.training.packed_decoder import Keep, PackedDecoder, Sequences
 from qwench.training.sequence_attention import attention_of
 
@@ -97,6 +100,29 @@ def test_bfloat16_is_as_near_to_float32_as_the_module_in_bfloat16() -> None:
     assert max(_error(got[name], wanted[name]) for name in wanted) < 1.5 * max(
         _error(rounded[name], wanted[name]) for name in wanted
     )
+
+
+@pytest.mark.parametrize("keep", list(Keep))
+def test_a_forward_keeps_the_bytes_that_the_budget_counts(keep: Keep) -> None:
+    architecture = architecture_of(_model(tied=True).config)
+    weights = FlatTensors(architecture, torch.bfloat16, _CPU)
+    count = sum(_LENGTHS)
+    sequences = Sequences(
+        tokens=torch.zeros(count, dtype=torch.int64),
+        positions=torch.arange(count),
+        scored=_SCORED,
+        attention=attention_of("sdpa", [count], _CPU),
+    )
+    _, forward = PackedDecoder(architecture, _CPU, invariant=False).forward(weights.bound, sequences, keep)
+    assert forward is not None
+    kept = 0
+    for layer in forward.layers:
+        parts = [getattr(layer, field.name) for field in fields(layer) if field.name != "attention_state"]
+        tensors = [one for part in parts for one in (part if isinstance(part, tuple) else [part])]
+        kept += sum(one.nbytes for one in tensors if one is not None)
+        assert (layer.attention_state is None) == (keep is Keep.NOTHING)
+    log_sums = 0 if keep is Keep.NOTHING else 3 * count * 4 * 4  # of 4 heads in 3 layers; they are in the attention's state
+    assert kept + log_sums == kept_bytes(architecture, count, keep, torch.bfloat16)
 
 
 def test_recomputing_gives_the_same_bits() -> None:

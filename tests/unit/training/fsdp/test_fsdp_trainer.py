@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -328,9 +329,10 @@ def test_the_state_of_the_optimizer_is_made_before_the_first_step_if_asked_for(m
 
 def test_a_trainer_that_sleeps_does_nothing_else(model_folder: Path, tmp_path: Path):
     backend = _build(model_folder)
+    scoring = {"temperature": 1.0, "with_entropy": False}
+    backend.forward_backward(_micro_batches(), _mean_loss, **scoring, after_each=lambda: None)  # sleep drops its gradients
     backend.device = torch.device("meta")  # not a CPU
     backend.sleep()
-    scoring = {"temperature": 1.0, "with_entropy": False}
     for work in (
         backend.sleep,
         partial(backend.forward, _micro_batches(), **scoring),
@@ -360,6 +362,25 @@ def test_weights_are_placed_in_float32_unless_the_host_has_their_masters(model_f
     for adam in (_ADAM, offloaded(_ADAM, 0.5), offloaded(_ADAM, 1.0)):
         _build(model_folder, adam=adam, dtype=torch.bfloat16)
     assert placed == [torch.float32, torch.bfloat16, torch.bfloat16]
+
+
+def test_gradients_are_reduced_once_a_step_unless_they_are_too_large_to_be_whole(model_folder: Path):
+    backend = _build(model_folder)
+    num_bytes = 4 * sum(weight.numel() for weight in backend._weights.values())
+    told = []
+    backend._policy.reduce_in_next_backward = lambda *, whole, is_last: told.append((whole, is_last))
+    for num_shards, most, each in ((2, num_bytes - 1, True), (2, num_bytes, False), (1, 0, False)):
+        trainer = FsdpTrainer(
+            backend._policy,
+            backend._optimizer,
+            backend._architecture,
+            device=_CPU,
+            mesh={"dp_shard": SimpleNamespace(size=lambda number=num_shards: number)},
+            param_dtype=torch.float32,
+            whole_gradient_bytes=most,
+        )
+        trainer.forward_backward(_micro_batches(), _mean_loss, temperature=1.0, with_entropy=False, after_each=lambda: None)
+        assert told[-2:] == [(each, False), (True, True)]
 
 
 def test_replicas_must_divide_the_ranks(model_folder: Path):
