@@ -45,14 +45,14 @@ ARITHMETIC_WORDS = ("\\boxed{", "user", "assistant", "system", "\n\n")
 _MAX_LENGTH = 131_072
 
 
-def build_small_tokenizer(words: Sequence[str] = ARITHMETIC_WORDS) -> PreTrainedTokenizerFast:
-    """Build a tokenizer of about 270 tokens: every byte (so any text round-trips), `words`, and Qwen3's special tokens.
+def build_small_tokenizer() -> PreTrainedTokenizerFast:
+    """Build a tokenizer of 270 tokens: every byte (so any text round-trips), ARITHMETIC_WORDS, and Qwen3's special tokens.
 
     Digits are always single tokens. A word is one token only without letters around it: `user` is one, in `users` it is not.
     """
     byte_symbols = bytes_to_unicode()
     vocab = {byte_symbols[byte]: index for index, byte in enumerate(sorted(byte_symbols))}
-    for word in words:
+    for word in ARITHMETIC_WORDS:
         vocab.setdefault("".join(byte_symbols[byte] for byte in word.encode()), len(vocab))
     # No merges: a piece of the splitter is one token if it is in the vocabulary (ignore_merges), else its bytes.
     tokenizer = Tokenizer(BPE(vocab, [], ignore_merges=True))
@@ -90,8 +90,8 @@ def build_qwen_tokenizer(tiktoken_file: Path | None = None) -> PreTrainedTokeniz
     return Qwen2Tokenizer(
         vocab=vocab,
         merges=merges,  # type: ignore[arg-type]  # annotated too narrowly there: BPE itself takes pairs
-        # Given with their ids, or eos and pad would be added first and take the first two.
-        added_tokens_decoder=dict(enumerate(added, start=len(vocab))),
+        # Their ids follow the ranks in this order. Without it, eos and pad would be added first and take the first two.
+        added_tokens_decoder=dict(enumerate(added)),
         eos_token=END_OF_TURN,
         pad_token=END_OF_TEXT,
         unk_token=None,  # type: ignore[arg-type]  # as in Qwen3's own tokenizer_config.json

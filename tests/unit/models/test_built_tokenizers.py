@@ -1,5 +1,7 @@
 import base64
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -7,7 +9,13 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, Qwen3Config
 
 from qwench.errors import ConfigError
-from qwench.models.built_tokenizers import build_qwen_tokenizer, build_small_tokenizer, find_qwen_tiktoken, read_tiktoken
+from qwench.models.built_tokenizers import (
+    QWEN3_CHAT_TEMPLATE,
+    build_qwen_tokenizer,
+    build_small_tokenizer,
+    find_qwen_tiktoken,
+    read_tiktoken,
+)
 
 SMALL = build_small_tokenizer()
 
@@ -37,9 +45,22 @@ def test_small_tokenizer_knows_a_word_only_when_it_stands_alone():
     assert SMALL.convert_ids_to_tokens(encode(SMALL, "users")) == list("users")
 
 
-def test_words_given_by_the_caller_become_tokens():
-    tokenizer = build_small_tokenizer(words=("apples",))
-    assert tokenizer.convert_ids_to_tokens(encode(tokenizer, "3 apples")) == ["3", "\u0120", "apples"]
+@pytest.mark.parametrize("word", ["\\boxed{", "user", "assistant", "system", "\n\n"])
+def test_words_of_the_arithmetic_tasks_are_one_token(word):
+    assert len(encode(SMALL, word)) == 1 and len(SMALL) == 256 + 5 + 9
+
+
+def test_both_tokenizers_are_saved_with_what_qwen3s_own_says(tmp_path):
+    for tokenizer in (SMALL, build_qwen_tokenizer(write_tiktoken(tmp_path / "q.tiktoken", [b"th"]))):
+        tokenizer.save_pretrained(tmp_path / "saved")
+        saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+        expected = {"model_max_length": 131_072, "clean_up_tokenization_spaces": False}
+        expected |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+        assert {name: saved[name] for name in expected} == expected and saved.get("unk_token") is None
+        assert tokenizer.chat_template == QWEN3_CHAT_TEMPLATE
+        markup = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
+        assert {"<think>", "</think>", "<tool_call>", "</tool_response>"} < {*markup} and "<|im_start|>" not in markup
+        assert not any(token.normalized for token in tokenizer.added_tokens_decoder.values())
 
 
 @pytest.mark.parametrize("token", ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>"])
@@ -108,6 +129,27 @@ def test_tiktoken_ranks_that_no_merge_reaches_are_refused(tmp_path):
 def test_missing_tiktoken_file_names_the_flag(tmp_path):
     with pytest.raises(ConfigError, match="--qwen-tiktoken"):
         build_qwen_tokenizer(tmp_path / "none.tiktoken")
+
+
+@pytest.mark.parametrize("holds_it", [True, False])
+def test_the_file_of_an_installed_dashscope_is_found(monkeypatch, tmp_path, holds_it):
+    file = tmp_path / "resources" / "qwen.tiktoken"
+    file.parent.mkdir()
+    origin = {"dashscope": str(tmp_path / "__init__.py")}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=origin[name]))
+    if holds_it:
+        assert build_qwen_tokenizer(write_tiktoken(file, [])).convert_tokens_to_ids("<|endoftext|>") == 256
+    else:
+        with pytest.raises(ConfigError, match="pip install dashscope"):
+            find_qwen_tiktoken()
+
+
+def test_ranks_are_read_in_order(tmp_path):
+    (tmp_path / "q.tiktoken").write_text("Yg== 1\nYQ== 0\n")
+    assert list(read_tiktoken(tmp_path / "q.tiktoken").items()) == [(b"a", 0), (b"b", 1)]
+    (tmp_path / "q.tiktoken").write_text("Y*Q== 0\n")
+    with pytest.raises(ConfigError, match=r"q\.tiktoken:1 is not"):
+        read_tiktoken(tmp_path / "q.tiktoken")
 
 
 def test_absent_dashscope_is_a_clear_error(monkeypatch):

@@ -6,10 +6,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwench.errors import ConfigError
+from qwench.models import random_qwen3
 from qwench.models.built_tokenizers import build_small_tokenizer
-from qwench.models.random_qwen3 import ModelSize, find_size, make_checkpoint, random_weights
+from qwench.models.random_qwen3 import SIZES, ModelSize, find_size, make_checkpoint, random_weights
 
 TOKENIZER = build_small_tokenizer()
+SMALLER, QWENS = ("vocab_size", "head_dim", "std"), (151_936, 128, 0.02)
 
 
 def test_tiny_checkpoint_loads_in_transformers_and_generates(tmp_path):
@@ -72,31 +74,73 @@ def test_older_readers_find_the_rotary_base_at_the_top_level(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["rope_theta"] == 1e6
 
 
+def test_a_folder_replaces_what_a_killed_call_left_and_is_as_large_as_was_asked_for(tmp_path, monkeypatch):
+    asked, folder = [], tmp_path / "new" / "model"
+    (tmp_path / "new").mkdir()
+    folder.with_name("model.writing").mkdir()
+    (folder.with_name("model.writing") / "old").touch()
+    monkeypatch.setattr(random_qwen3, "check_can_hold", lambda path, *, flag, nbytes: asked.append((path, flag, nbytes)))
+    make_checkpoint(folder, size="tiny", tokenizer=TOKENIZER, seed=3)
+    weights = load_file(folder / "model.safetensors")
+    assert asked == [(folder, "--output", sum(weight.nbytes for weight in weights.values()))]
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert not (folder / "old").exists() and [path.name for path in folder.parent.iterdir()] == ["model"]
+    saved = json.loads((folder / "config.json").read_text())
+    assert (folder / "config.json").read_text() == json.dumps(saved, indent=2, sort_keys=True) + "\n"
+    ids = [TOKENIZER.eos_token_id, TOKENIZER.pad_token_id]
+    assert [saved[name] for name in ("dtype", "vocab_size", "eos_token_id", "pad_token_id")] == ["bfloat16", 320, *ids]
+    assert json.loads((folder / "generation_config.json").read_text())["pad_token_id"] == TOKENIZER.pad_token_id
+    make_checkpoint(tmp_path / "in" / "folders", size="tiny", tokenizer=TOKENIZER)
+
+
+def test_each_weight_has_a_seed_of_its_own():
+    config = ModelSize(hidden_size=8, intermediate_size=12, num_layers=1, num_heads=2, num_kv_heads=1).to_config(vocab_size=9)
+    weights = list(random_weights(config, seed=5, dtype=torch.float32, std=0.5))
+    for index in (0, 1):
+        drawn = torch.randn(weights[index][1].shape, generator=torch.Generator().manual_seed(5 * 2**20 + index))
+        torch.testing.assert_close(weights[index][1], drawn / 2)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
+    class Large:
+        def __len__(self):
+            return 151_937
+
+    with pytest.raises(ConfigError, match="has 151937 tokens, but --size 4B has a vocabulary of 151936"):
+        make_checkpoint(tmp_path / "model", size="4B", tokenizer=Large())
+
+
 def test_instruct_2507_differs_in_the_rotary_base():
     assert find_size("4B-Instruct-2507").rope_theta == 5e6
     assert find_size("4B").rope_theta == 1e6
 
 
 @pytest.mark.parametrize(
-    ("name", "hidden", "ffn", "layers", "heads", "kv_heads", "tied", "rope_theta", "positions"),
+    ("name", "hidden", "ffn", "layers", "heads", "kv_heads", "tied", "rope_theta", "positions", *SMALLER),
     [
-        ("0.6B", 1024, 3072, 28, 16, 8, True, 1e6, 40_960),
-        ("1.7B", 2048, 6144, 28, 16, 8, True, 1e6, 40_960),
-        ("4B", 2560, 9728, 36, 32, 8, True, 1e6, 40_960),
-        ("4B-Instruct-2507", 2560, 9728, 36, 32, 8, True, 5e6, 262_144),
-        ("8B", 4096, 12288, 36, 32, 8, False, 1e6, 40_960),
-        ("14B", 5120, 17408, 40, 40, 8, False, 1e6, 40_960),
-        ("32B", 5120, 25600, 64, 64, 8, False, 1e6, 40_960),
+        ("tiny", 128, 512, 4, 4, 2, True, 1e6, 4096, None, 32, 0.08),
+        ("30M", 512, 1536, 10, 8, 4, True, 1e6, 8192, None, 64, 0.04),
+        ("60M", 768, 2048, 10, 12, 4, True, 1e6, 8192, None, 64, 0.036),
+        ("0.6B", 1024, 3072, 28, 16, 8, True, 1e6, 40_960, *QWENS),
+        ("1.7B", 2048, 6144, 28, 16, 8, True, 1e6, 40_960, *QWENS),
+        ("4B", 2560, 9728, 36, 32, 8, True, 1e6, 40_960, *QWENS),
+        ("4B-Instruct-2507", 2560, 9728, 36, 32, 8, True, 5e6, 262_144, *QWENS),
+        ("8B", 4096, 12288, 36, 32, 8, False, 1e6, 40_960, *QWENS),
+        ("14B", 5120, 17408, 40, 40, 8, False, 1e6, 40_960, *QWENS),
+        ("32B", 5120, 25600, 64, 64, 8, False, 1e6, 40_960, *QWENS),
     ],
 )
-def test_sizes_are_those_that_qwen_published(name, hidden, ffn, layers, heads, kv_heads, tied, rope_theta, positions):
+def test_sizes_are_the_small_ones_and_those_that_qwen_published(
+    name, hidden, ffn, layers, heads, kv_heads, tied, rope_theta, positions, vocab_size, head_dim, std
+):
     size = find_size(name)
     assert (size.hidden_size, size.intermediate_size, size.num_layers, size.num_heads, size.num_kv_heads) == (
         hidden, ffn, layers, heads, kv_heads,
     )  # fmt: skip
-    assert (size.tied, size.rope_theta, size.max_position_embeddings, size.vocab_size, size.head_dim) == (
-        tied, rope_theta, positions, 151_936, 128,
+    assert (size.tied, size.rope_theta, size.max_position_embeddings, size.vocab_size, size.head_dim, size.initial_std) == (
+        tied, rope_theta, positions, vocab_size, head_dim, std,
     )  # fmt: skip
+    assert list(SIZES) == ["tiny", "30M", "60M", "0.6B", "1.7B", "4B", "4B-Instruct-2507", "8B", "14B", "32B"]
 
 
 def test_the_configuration_has_the_shape():
