@@ -1,5 +1,7 @@
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from qwench import models
 from qwench.checkpoints.formats.sources import open_weights
 from qwench.errors import ConfigError
+from qwench.models import fp8
 from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.models.fp8 import (
     QUANTIZATION_CONFIG,
@@ -158,3 +162,43 @@ def test_an_export_of_a_run_that_started_from_fp8_is_plain(folders, tmp_path):
     write_hf_checkpoint(tmp_path / "export", [list(load_file(plain / "model.safetensors").items())], source=fp8)
     assert "quantization_config" not in json.loads((tmp_path / "export" / "config.json").read_text())
     assert not is_fp8_checkpoint(tmp_path / "export")
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "hip", "capability", "expected"),
+    [
+        (True, None, (8, 9), True),
+        (True, None, (9, 0), True),
+        (True, None, (8, 8), False),
+        (True, "6.2", (9, 4), False),
+        (False, None, (9, 0), False),
+    ],
+)
+def test_kernels_are_for_gpus_that_know_the_format(monkeypatch, is_cuda, hip, capability, expected):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability if device == "cuda:1" else (1, 0))
+    assert fp8._has_kernels(SimpleNamespace(is_cuda=is_cuda, device="cuda:1")) is expected
+
+
+def test_kernels_fill_values_scales_and_matrices_of_the_plain_ones(monkeypatch):
+    weight = torch.randn(200, 130, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values, scales = quantize(weight)
+
+    def fill_quantized(given, values_out, scales_out, *, largest, block):
+        assert given is not weight and torch.equal(given, weight) and (largest, block) == (448.0, 128)
+        values_out.copy_(values)
+        scales_out.copy_(scales)
+
+    def fill_matrix(given, given_scales, matrix, *, block):
+        assert given is values and given_scales is scales and block == 128
+        matrix.copy_(weight)
+
+    kernels = SimpleNamespace(quantize=fill_quantized, dequantize=fill_matrix)
+    monkeypatch.setitem(sys.modules, "qwench.models.fp8_triton", kernels)
+    monkeypatch.setattr(models, "fp8_triton", kernels, raising=False)
+    monkeypatch.setattr(fp8, "_has_kernels", lambda given: True)
+    found, found_scales = quantize(weight)
+    assert found.dtype == values.dtype and torch.equal(found.float(), values.float())
+    assert found_scales.dtype == torch.float32 and torch.equal(found_scales, scales)
+    matrix = dequantize(values, scales, torch.bfloat16)
+    assert matrix.dtype == torch.bfloat16 and torch.equal(matrix, weight)

@@ -1,4 +1,5 @@
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -6,10 +7,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
+from qwench import __version__
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.built_tokenizers import build_small_tokenizer
-from qwench.models.hf import load_hf_config, load_model, load_tokenizer, stop_token_ids, write_companions, write_hf_checkpoint
+from qwench.models.hf import (
+    load_hf_config,
+    load_model,
+    load_tokenizer,
+    model_of,
+    stop_token_ids,
+    write_companions,
+    write_hf_checkpoint,
+)
 from qwench.models.random_qwen3 import make_checkpoint
+from qwench.models.shards import write_shards
 
 TOKENIZER = build_small_tokenizer()
 TOKENS = torch.tensor([[5, 6, 7, 8, 200, 264]])
@@ -120,6 +131,51 @@ def test_every_file_of_a_tokenizer_comes_along(source, tmp_path):
         name: f"{name} of the source" for name in names
     }
     assert not (tmp_path / "export" / "notes.txt").exists()
+
+
+def test_an_export_replaces_what_a_killed_run_left_and_says_who_wrote_it(source, tmp_path):
+    partial = tmp_path / "runs" / "export.writing"
+    partial.mkdir(parents=True)
+    (partial / "half").touch()
+    write_hf_checkpoint(tmp_path / "runs" / "export", buckets_of(new_weights(source), 9), source=source)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["export"]
+    assert not (tmp_path / "runs" / "export" / "half").exists()
+    assert json.loads((tmp_path / "runs" / "export" / "qwench_export.json").read_text()) == {"qwench_version": __version__}
+    text = (tmp_path / "runs" / "export" / "config.json").read_text()
+    assert text == json.dumps(json.loads(text), indent=2) + "\n"
+    write_hf_checkpoint(tmp_path / "new" / "export", buckets_of(new_weights(source), 9), source=source)
+
+
+@pytest.mark.parametrize(("most", "files"), [(20, ["ab", "cd", "e"]), (19, list("abcde")), (5, list("abcde")), (50, ["abcde"])])
+def test_a_shard_is_filled_to_its_last_byte(tmp_path, most, files):
+    weights = [[(name, torch.zeros(10, dtype=torch.uint8))] for name in "abcde"]
+    assert write_shards(tmp_path, weights, max_shard_bytes=most) == dict.fromkeys("abcde", torch.uint8)
+    written = sorted(tmp_path.glob("*.safetensors"))
+    assert [sorted(load_file(file)) for file in written] == [list(names) for names in files]
+    assert {file.stat().st_mode & 0o777 for file in written} == {0o644}
+
+
+def test_the_row_of_the_padding_token_is_trained(source):
+    assert load_model(source).get_input_embeddings().padding_idx is None
+    config = load_hf_config(source)
+    config.pad_token_id = 3
+    model = model_of(config, dict(load_file(source / "model.safetensors")), dtype=torch.bfloat16)
+    assert model.get_input_embeddings().padding_idx is None and not model.training
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_transformers_warns_as_before_after_a_configuration_was_read(source, tmp_path):
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    try:
+        logger.setLevel(logging.INFO)
+        load_hf_config(source)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load_hf_config(edit_config(source, tmp_path / "model", hidden_size="wide"))
+        assert logger.level == logging.INFO
+    finally:
+        logger.setLevel(level)
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else_is(source, tmp_path):

@@ -35,3 +35,14 @@ def test_memory_is_the_callers_until_it_is_cleared() -> None:
     memory.clear()
     assert memory.take((1,), torch.float32).data_ptr() == again.data_ptr()
     assert memory.take((0, 5), torch.float32).shape == (0, 5)
+
+
+def test_tensors_share_memory_that_suffices_at_aligned_places() -> None:
+    memory = HostMemory()
+    whole = memory.take((192,), torch.uint8)
+    memory.clear()
+    parts = [memory.take((size,), torch.uint8) for size in (1, 64, 63)]
+    assert [part.data_ptr() - whole.data_ptr() for part in parts] == [0, 64, 128]
+    larger = memory.take((65,), torch.uint8)
+    assert larger.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()
+    assert larger.untyped_storage().nbytes() == 192 + 65
