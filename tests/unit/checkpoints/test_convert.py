@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from transformers import Qwen3Config
 
 from qwench.checkpoints.convert import Conversion, Converted, Converter, Ranks
 from qwench.checkpoints.folders import MARKER
+from qwench.checkpoints.formats import targets
 from qwench.checkpoints.formats.fp8 import QuantizedSource
 from qwench.checkpoints.formats.sources import Format, WeightSource, open_optimizer_state, open_weights
 from qwench.checkpoints.formats.targets import WEIGHTS, FsdpTarget, HfTarget, Job, Stream, share
@@ -74,6 +77,7 @@ def write_run(root: Path, hf: Path) -> Path:
     dcp.save(moments, checkpoint_id=folder / "optimizer")
     dcp.save({"num_steps": torch.tensor(40)}, checkpoint_id=folder / "lr_scheduler")
     (folder / "rollouts.json").write_text('{"cursor": 3}')
+    (folder / "rng.pt").write_bytes(b"generators")
     write_manifest(folder, {"iteration": 20, "identity": {"model_type": "qwen3"}, "has_optimizer": True})
     (root / MARKER).write_text('{"model_type": "qwen3"}')
     (root / "latest_checkpointed_iteration.txt").write_text("20\n")
@@ -171,10 +175,61 @@ def test_optimizer_and_run_go_along(tmp_path: Path) -> None:
         manifest = read_manifest(tmp_path / name / "iter_0000020")
         assert manifest["iteration"] == 20 and manifest["identity"] == {"model_type": "qwen3"}
         assert (tmp_path / name / "iter_0000020" / "rollouts.json").read_text() == '{"cursor": 3}'
+        assert (tmp_path / name / "iter_0000020" / "rng.pt").read_bytes() == b"generators" and manifest["has_optimizer"]
+        assert (tmp_path / name / "latest_checkpointed_iteration.txt").read_text() == "20\n"
         assert (tmp_path / name / MARKER).is_file()
     # What is computed with are the masters' roundings.
     weights = open_weights(tmp_path / "megatron", architecture_of(config))
     assert torch.equal(weights.read("model.norm.weight"), before.masters.read("model.norm.weight").bfloat16())
+
+
+def test_progress_counts_what_is_written_and_read_back(tmp_path: Path) -> None:
+    hf = write_hf(tmp_path / "hf")
+    folder = write_run(tmp_path / "run", hf)
+    shapes = architecture_of(load_hf_config(hf)).parameter_shapes().values()
+    count, elements = len(shapes), sum(map(math.prod, shapes))
+    (tmp_path / "alone.writing" / "release").mkdir(parents=True)
+    (tmp_path / "alone.writing" / "release" / "__0_0.distcp").touch()  # of a run that was killed
+    for name, options, element_bytes, num_streams in (
+        ("whole", {}, 2 + 4 + 4 + 4, 4),
+        ("alone", {"with_optimizer": False}, 2, 1),
+        ("wide", {"dtype": torch.float32, "with_optimizer": False}, 4, 1),
+    ):
+        parts = {"source": folder, "output": tmp_path / name, "hf_folder": hf, "config": load_hf_config(hf)}
+        converter, done = Converter(Conversion(**parts, to="torch_dist", **options)), list[int]()
+        converted = converter.run(Ranks(), done.append)
+        nbytes = elements * element_bytes
+        assert converted == Converted(num_tensors=count * num_streams, nbytes=nbytes, with_optimizer=name == "whole")
+        assert sum(done) == 2 * nbytes and converter.nbytes == nbytes
+        assert converter.weight_dtype == (torch.float32 if name == "wide" else torch.bfloat16)
+        assert [path.name for path in (tmp_path / name).glob("*e*0")] == (["iter_0000020"] if name == "whole" else [])
+        assert (tmp_path / name / "release").is_dir() == (name != "whole")
+
+
+def test_masters_of_a_model_without_a_dtype_become_bfloat16(tmp_path: Path) -> None:
+    hf = write_hf(tmp_path / "hf")
+    folder, config = write_run(tmp_path / "run", hf), load_hf_config(hf)
+    config.dtype = None
+    converter = Converter(Conversion(source=folder, output=tmp_path / "out", to="hf", hf_folder=hf, config=config))
+    assert converter.streams[0].dtype == torch.bfloat16
+
+
+def test_tensors_are_read_ahead_up_to_half_a_gibibyte_or_one_that_is_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+
+    class Pool(nullcontext):
+        def submit(self, load, job):
+            begun.append(job.nbytes)
+            return SimpleNamespace(result=lambda: load(job))
+
+    monkeypatch.setattr(targets, "ThreadPoolExecutor", lambda *given, **options: Pool(Pool()))
+    most = 2**29
+    sizes = [most - 4, 4, 1, 2 * most, 3]
+    seen = []
+    for job, loaded in targets.read_ahead([SimpleNamespace(nbytes=size) for size in sizes], lambda job: -job.nbytes):
+        assert loaded == -job.nbytes
+        seen.append((job.nbytes, list(begun)))
+    assert seen == [(size, sizes[:count]) for size, count in zip(sizes, (2, 3, 3, 4, 5), strict=True)]
 
 
 def test_what_exists_is_never_overwritten_unless_asked(tmp_path: Path) -> None:
