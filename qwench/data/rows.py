@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,8 +33,6 @@ from qwench.samples import Json
 
 _UNENCODABLE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
 """Escapes of surrogates, which may be unpaired, and of NUL. A line with one is read a second time."""
-_MAX_CELL_CHARACTERS = 2**31 - 1
-"""The csv module would refuse a cell of more than 131,072 characters."""
 _PATTERN_CHARACTERS = frozenset("*?[")
 _SPEC = re.compile(r"(?P<path>.*)@\[(?P<start>-?\d{0,18}):(?P<stop>-?\d{0,18})\]")
 
@@ -128,18 +127,18 @@ def check_first_row(spec: str, key: str, *, flag: str) -> None:
 
 
 def _first_columns(path: Path) -> list[str] | None:
-    if path.suffix == ".parquet" and path.is_file():
+    if path.suffix == ".parquet":
         try:
             return list(pyarrow.parquet.read_schema(path).names)
         except (pyarrow.ArrowException, OSError):
             return None  # what is wrong with the file is told when it is read
-    if path.suffix not in (".jsonl", ".csv") or not path.is_file():
+    if path.suffix not in (".jsonl", ".csv"):
         return None
     try:
         with path.open(encoding="utf-8-sig") as lines:  # line ends as `_read_text` has them
             if path.suffix == ".csv":
                 return next(csv.reader(lines), None)
-            first = json.loads(next((line for line in lines if line.strip()), "null"))
+            first = json.loads(next((line for line in lines if line.strip()), ""))
     except (OSError, ValueError, RecursionError, csv.Error):
         return None
     return list(first) if isinstance(first, dict) else None
@@ -218,8 +217,8 @@ def _has_object_lines(text: str) -> bool:
 
 def _read_csv(path: Path, wanted: slice) -> list[Row]:
     """Read a table whose first line names the columns; every value is text, an empty one is null."""
-    csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
+    csv.field_size_limit(sys.maxsize)  # the module would refuse a cell of more than 131,072 characters
+    reader = csv.DictReader(io.StringIO(_read_text(path)), strict=True)
     rows: list[Row] = []
     try:
         names = reader.fieldnames or ()

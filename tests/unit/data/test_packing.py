@@ -15,6 +15,19 @@ def test_first_fit_puts_each_sample_into_the_first_bin_with_room():
     assert pack_by_tokens([600, 600, 400, 400], max_tokens=1000) == [[0, 2], [1, 3]]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "bins"),
+    [
+        ([1, 70, 60, 9], 100, [[0, 2, 3], [1]]),  # under 1.01 of the mean, 70.7; first fit leaves 60 alone
+        ([9, 85, 3, 85], 100, [[0, 1], [2, 3]]),  # 91.9 needs three bins, 1.04 of the mean, 94.6, two
+        ([20, 17, 19, 13], 50, [[0, 1], [2, 3]]),  # 34.8 and 35.9 need three, 1.1 of the mean, 37.9, two
+        ([20, 20, 5, 20], 50, [[0, 1, 2], [3]]),  # 35.75 needs three: first fit stays
+    ],
+)
+def test_bins_are_filled_as_evenly_as_no_further_bin_allows(lengths, max_tokens, bins):
+    assert pack_by_tokens(lengths, max_tokens=max_tokens) == bins
+
+
 def test_sample_longer_than_the_cap_sits_alone():
     assert pack_by_tokens([1500, 200, 1200], max_tokens=1000) == [[0], [1], [2]]
 
@@ -33,6 +46,7 @@ def test_too_few_samples_leave_empty_bins():
 def test_fixed_count_keeps_order():
     assert pack_by_count([1] * 5, samples_per_bin=2) == [[0, 1], [2, 3], [4]]
     assert pack_by_count([1, 1, 1, 1], samples_per_bin=4, multiple_of=2) == [[0, 2], [1, 3]]
+    assert pack_by_count([50, 50, 10, 10], samples_per_bin=2, multiple_of=3) == [[0], [1], [2, 3]]
 
 
 def test_deal_goes_round():
@@ -113,6 +127,9 @@ def test_shares_keep_the_order_of_the_bins():
     lengths = [9, 1, 8, 2, 4, 3]
     # Sets (1 2) (3 4) (8 9): the first two make (1+4 2+3), and with the third (9+1+4 8+2+3).
     assert balance([[i] for i in range(6)], lengths, dp_size=2, cost=LINEAR) == [[[0], [1], [4]], [[2], [3], [5]]]
+    # Sets (1 2) (2 2) (3 5), of which the first and the last merge: 3+2 and 5+1, at indices 5 2 and 1 0.
+    shares = balance([[i] for i in range(6)], [1, 5, 2, 2, 2, 3], dp_size=2, cost=LINEAR)
+    assert shares == [[[0], [1], [3]], [[2], [4], [5]]]
 
 
 def test_balance_evens_out_what_dealing_in_turn_does_not():

@@ -45,7 +45,7 @@ def test_plain_text_is_tokenised_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(7, "7"), ([{"role": "user", "content": "hi"}], '[{"role": "user", "content": "hi"}]')]
+    ("value", "text"), [(7, "7"), ([{"role": "user", "content": "hé"}], '[{"role": "user", "content": "hé"}]')]
 )
 def test_a_function_of_the_users_gets_a_prompt_of_any_type(tmp_path, value, text):
     prompt = load_one(tmp_path, {"prompt": value}, as_given=True)
@@ -294,6 +294,11 @@ def test_members_that_say_nothing_are_no_part_of_a_message(tmp_path):
     message = {"role": "user", "content": [{"type": "text", "text": "hi", "image": None}], "images": [], "function_call": None}
     prompt = load_one(tmp_path, {"prompt": [message]}, apply_chat_template=True)
     assert prompt.text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_prompt_that_is_no_text_is_refused_by_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.jsonl:1 holds a NUL character"):
+        load(tmp_path, [{"prompt": "a\0"}])
 
 
 @pytest.mark.parametrize("prompt", ["", "   \n", "\u200b", "\ufeff\u2060"])

@@ -83,7 +83,7 @@ def test_line_that_is_no_record_is_refused(tmp_path):
 
 
 def test_missing_file_unknown_format_and_empty_data_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"no data file .*none\.jsonl"):
+    with pytest.raises(ConfigError, match=r"there is no data file .*none\.jsonl"):
         read_rows(str(tmp_path / "none.jsonl"))
     (tmp_path / "data.xlsx").write_text("a,b\n")
     with pytest.raises(ConfigError, match=r"unknown format '\.xlsx'; convert it to \.jsonl, \.parquet, \.json, \.csv"):
@@ -93,9 +93,10 @@ def test_missing_file_unknown_format_and_empty_data_are_refused(tmp_path):
         read_rows(str(tmp_path / "empty.jsonl"))
 
 
-def test_slice_that_leaves_nothing_is_refused(ten_rows):
+@pytest.mark.parametrize("suffix", ["@[10:]", "@[5:2]"])
+def test_slice_that_leaves_nothing_is_refused(ten_rows, suffix):
     with pytest.raises(ConfigError, match="has no rows"):
-        read_rows(ten_rows + "@[10:]")
+        read_rows(ten_rows + suffix)
 
 
 def test_broken_parquet_is_refused(tmp_path):
@@ -162,6 +163,16 @@ def test_a_row_that_cannot_be_used_is_one_line(tmp_path, name, content, problem)
     (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=problem):
         read_rows(str(tmp_path / name))
+
+
+def test_a_file_that_the_disk_refuses_is_one_line(tmp_path, monkeypatch):
+    def refuse(self, **encoding):
+        raise PermissionError(13, "Permission denied")
+
+    spec = write_jsonl(tmp_path / "a.jsonl", [{"q": 1}])
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.raises(ConfigError, match=r"a\.jsonl cannot be read \(.*Permission denied\); give a file that can be read"):
+        read_rows(spec)
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.json"])
@@ -244,6 +255,8 @@ def test_files_of_a_folder_or_pattern_follow_one_another(tmp_path):
     (tmp_path / "README.md").write_text("no data")
     assert [row.values["n"] for row in read_rows(str(tmp_path))] == [1, 2, 3]
     assert [row.values["n"] for row in read_rows(f"{tmp_path}/*.jsonl@[1:]")] == [2]
+    (tmp_path / "d[1].jsonl").write_text('{"n": 4}')
+    assert [row.values["n"] for row in read_rows(f"{tmp_path}/d[1].jsonl")] == [4]
     with pytest.raises(ConfigError, match=r"no data file is called .*/\*\.csv"):
         read_rows(f"{tmp_path}/*.csv")
     (tmp_path / "empty").mkdir()
@@ -320,6 +333,9 @@ def test_a_column_that_the_first_row_lacks_is_told_without_reading_the_others(tm
         check_first_row(spec, "prompt", flag="--input-key")
     assert str(caught.value) == f"{spec}{place}: key 'prompt' (--input-key) is missing; the row has: question, answer."
     check_first_row(spec, "question", flag="--input-key")
+    (tmp_path / "b.jsonl").write_text('\n{"question": "1+1"}\n')
+    with pytest.raises(ConfigError, match=r"key 'prompt' \(--input-key\) is missing"):
+        check_first_row(str(tmp_path / "b.jsonl"), "prompt", flag="--input-key")
 
 
 def test_the_header_of_a_table_and_an_empty_file_are_told_at_once(tmp_path):
@@ -329,6 +345,9 @@ def test_the_header_of_a_table_and_an_empty_file_are_told_at_once(tmp_path):
     check_first_row(str(tmp_path / "a.csv"), "the answer", flag="--input-key")
     (tmp_path / "c.csv").write_bytes(b'"two\r\nlines"\r\n7\r\n')
     check_first_row(str(tmp_path / "c.csv"), *read_rows(str(tmp_path / "c.csv"))[0].values, flag="--input-key")
+    (tmp_path / "d.csv").write_text("\ufeffquestion\n1+1\n", encoding="utf-8")
+    check_first_row(str(tmp_path / "d.csv"), "question", flag="--input-key")
+    assert read_rows(str(tmp_path / "d.csv"))[0].values == {"question": "1+1"}
     (tmp_path / "b.csv").touch()
     with pytest.raises(ConfigError, match=r"the data set .*b.csv has no rows"):
         check_first_row(str(tmp_path / "b.csv"), "prompt", flag="--input-key")
@@ -348,6 +367,9 @@ def test_what_the_first_line_does_not_tell_is_left_to_the_reader(tmp_path, conte
     (tmp_path / "a.jsonl").write_text(content)
     check_first_row(path, "prompt", flag="--input-key")
     check_first_row(f"{path}@[1:]", "question", flag="--input-key")
+    (tmp_path / "a.json").write_text('{"prompt": 1}')
+    for other in ("a.json", "none.jsonl", "none.parquet", "."):
+        check_first_row(str(tmp_path / other), "question", flag="--input-key")
     if isinstance(read, str):
         with pytest.raises(ConfigError, match=read):
             read_rows(path)
