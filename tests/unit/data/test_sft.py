@@ -5,10 +5,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from qwench.data.cursor import Draw
 from qwench.data.sft import LoadedSft, SftExample, SftSource, describe_packing, load_sft, render_mask_preview
 from qwench.errors import CheckpointError, ConfigError
 from qwench.models.built_tokenizers import build_small_tokenizer
-from qwench.samples import Status
+from qwench.samples import Prompt, Sample, Status
 
 TOKENIZER = build_small_tokenizer()
 PROMPT = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
@@ -54,6 +55,23 @@ def test_response_is_what_is_trained_on(tmp_path):
     assert sample.loss_mask == [1] * sample.response_length
     assert (sample.reward, sample.status) == (0.0, Status.COMPLETED)
     assert sample.rollout_log_probs == [0.0] * sample.response_length
+
+
+def test_a_conversation_is_a_finished_sample():
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    example = SftExample(tokens=array("i", [5, 6, 7, 8]), loss_mask=b"\1\0\1", prompt_text="q", messages=messages)
+    assert example.to_sample(Draw(row=2, group_id=3, first_sample_id=9)) == Sample(
+        prompt=Prompt(text="q", token_ids=(5,), messages=messages),
+        sample_id=9,
+        group_id=3,
+        tokens=[5, 6, 7, 8],
+        response_length=3,
+        loss_mask=[1, 0, 1],
+        rollout_log_probs=[0.0] * 3,
+        weight_versions=[-1] * 3,
+        status=Status.COMPLETED,
+        reward=0.0,
+    )
 
 
 def test_turns_between_trained_ones_are_masked(tmp_path):
@@ -127,7 +145,10 @@ def test_preview_marks_exactly_the_trained_tokens(tmp_path):
     preview = render_mask_preview(sample, TOKENIZER)
     answer = "a [bold] \\[x] claim\\<|im_end|>"
     assert preview.plain == TOKENIZER.decode(sample.tokens).replace(answer, f"[[{answer}]]")
-    assert [preview.plain[span.start : span.end] for span in preview.spans if span.style == "bold green"] == [f"[[{answer}]]"]
+    assert [(preview.plain[span.start : span.end], span.style) for span in preview.spans] == [
+        (TOKENIZER.decode(sample.prompt.token_ids), "dim"),
+        (f"[[{answer}]]", "bold green"),
+    ]
 
 
 def test_a_preview_shows_control_characters_and_does_not_send_them(tmp_path):
@@ -136,9 +157,10 @@ def test_a_preview_shows_control_characters_and_does_not_send_them(tmp_path):
 
 
 def test_long_preview_is_cut_and_says_so(tmp_path):
-    sample = first_sample(load(tmp_path, [conversation("1" * 50)]))
+    sample = first_sample(load(tmp_path, [conversation("1" * 700)]))
     preview = render_mask_preview(sample, TOKENIZER, max_tokens=10)
     assert preview.plain == TOKENIZER.decode(sample.tokens[:10]) + f" ... ({len(sample.tokens) - 10} more tokens)"
+    assert render_mask_preview(sample, TOKENIZER).plain.endswith(f"1]] ... ({len(sample.tokens) - 600} more tokens)")
 
 
 @pytest.mark.parametrize(
@@ -254,6 +276,7 @@ def test_an_answer_in_text_parts_is_trained_whole(tmp_path):
 def test_a_mask_that_differs_from_the_template_names_the_rows(tmp_path):
     rows = [conversation("1"), conversation("1", "2"), conversation("3")]
     assert load(tmp_path, rows).differing == []
+    assert load(tmp_path, rows, loss_mask_type="qwen3").differing == []  # the options of the template are those of both
     # qwen3 writes each turn as if it were the last, with an empty think block; the template has none in earlier turns.
     differing = load(tmp_path, rows, loss_mask_type="qwen3", apply_chat_template_kwargs=None).differing
     assert [place.rpartition(":")[2] for place in differing] == ["2"]
@@ -279,6 +302,9 @@ def test_packing_is_described_by_hand():
     # Two ranks have as many micro-batches each: the first step is split.
     assert describe_packing(examples, per_step=2, max_tokens=10, num_ranks=2).endswith("micro-batches are 60% full (2 a step)")
     assert describe_packing(examples, per_step=2, max_tokens=None, num_ranks=1).endswith("50% of the tokens are trained on")
+    # A hundred steps are tried.
+    examples = [example(10, 5)] * 200 + [example(5, 5)] * 2
+    assert describe_packing(examples, per_step=2, max_tokens=20, num_ranks=1).endswith("are 100% full (1 a step)")
 
 
 def test_parquet_trains_on_the_tool_calls_of_jsonl(tmp_path):
