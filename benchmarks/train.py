@@ -178,9 +178,8 @@ def huggingface_step(folder: Path, batch: RolloutBatch, given: argparse.Namespac
     model.gradient_checkpointing_enable() if given.huggingface_checkpointing else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     num_trained = sum(int(mask.sum()) for mask in batch.loss_mask)
-    bins = [
-        range(i, min(i + given.huggingface_sequences, len(batch))) for i in range(0, len(batch), given.huggingface_sequences)
-    ]
+    count, size = len(batch.tokens), given.huggingface_sequences
+    bins = [range(i, min(i + size, count)) for i in range(0, count, size)]
 
     def step() -> tuple[float, float]:
         total = 0.0

@@ -114,9 +114,6 @@ class RolloutBatch:
             teacher_kl=_taught([sample.teacher_kl for sample in samples], samples),
         )
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
     @property
     def lengths(self) -> list[int]:
         """Return L of each sample."""

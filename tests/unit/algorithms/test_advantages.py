@@ -192,3 +192,11 @@ MASKS = [torch.ones(1, dtype=torch.bool)] * 2
 def test_a_column_that_misses_a_sample_is_an_error(compute):
     with pytest.raises(ValueError, match="than argument"):
         compute()
+
+
+def test_values_explain_the_variance_of_returns_that_they_have_in_common():
+    values, returns = [torch.tensor([1.0, 9.0, 2.0])], [torch.tensor([1.0, -9.0, 4.0])]
+    # Over the first and the last: errors 0 and 2 of variance 1, returns 1 and 4 of variance 2.25.
+    assert explained_variance(values, returns, [torch.tensor([True, False, True])]) == pytest.approx(1 - 1 / 2.25)
+    assert explained_variance(values, [torch.full((3,), 5.0)], [torch.ones(3, dtype=torch.bool)]) == 0.0
+    assert explained_variance(values, returns, [torch.zeros(3, dtype=torch.bool)]) == 0.0

@@ -49,6 +49,7 @@ def test_one_token_of_tiny_ratio_vetoes_its_sequence():
     log_ratio = torch.tensor([0.0, -10.0, 0.0, -10.0])  # e^-10 = 4.5e-5
     assert vetoed_sequences(log_ratio, mask, ids, threshold=1e-4).tolist() == [True, True, False, False]
     assert not vetoed_sequences(log_ratio, mask, ids, threshold=1e-5).any()
+    assert not vetoed_sequences(torch.zeros(4), mask, ids, threshold=1.0).any(), "the ratio 1 is not below 1"
 
 
 def test_mean_weight_over_tokens_or_over_sequences():
@@ -56,6 +57,8 @@ def test_mean_weight_over_tokens_or_over_sequences():
     ids = torch.tensor([0, 0, 0, 1, 1])
     assert mean_importance(weights, mask, ids, level="token") == pytest.approx(6.5 / 4)
     assert mean_importance(weights, mask, ids, level="sequence") == pytest.approx(1.25)
+    assert mean_importance(weights[:1], mask[:1], ids[:1], level="token") == 2.0
+    assert mean_importance(weights[4:], mask[4:], ids[4:], level="token") == 0.0
 
 
 def test_importance_metrics_describe_the_weights_before_the_clamp():

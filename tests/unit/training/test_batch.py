@@ -105,13 +105,6 @@ def test_broken_samples_are_refused(broken, message):
         RolloutBatch.from_samples([broken()])
 
 
-def test_moving_keeps_the_sequence_bounds_on_the_host():
-    moved = pack(RolloutBatch.from_samples([_sample([1], [2])]), [0]).to(torch.device("meta"))
-    assert moved.tokens.device.type == "meta"
-    assert moved.loss_mask.device.type == "meta"
-    assert moved.cu_seqlens.tolist() == [0, 2]
-
-
 def test_every_column_of_a_response_is_packed():
     """Columns of a batch that a micro-batch has too; token by token, except for the ids of the tokens that were kept."""
     both = {column.name for column in fields(RolloutBatch)} & {column.name for column in fields(MicroBatch)}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qwench.algorithms.columns import RolloutBatch
+from qwench.algorithms.covariance import pick_at_random
 from qwench.algorithms.methods import build_method
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.errors import RewardError
@@ -141,6 +142,16 @@ def test_kl_cov_picks_the_highest_covariances_among_trained_tokens():
     assert _picked("kl_cov", old, [2.0, -2.0], masks, kl_cov_ratio=0.5) == [[1.0, 0.0, 0.0], [0.0, 1.0]]
     one = _picked("kl_cov", old, [2.0, -2.0], masks, kl_cov_ratio=0.0002)
     assert sorted(map(sum, one)) == [0.0, 1.0]
+
+
+def test_tokens_are_drawn_by_the_seed_alone():
+    def drawn(seed):
+        return pick_at_random(torch.arange(60) % 3 > 0, [torch.ones(60, dtype=torch.bool)], share=0.3, seed=seed)[0].nonzero()
+
+    torch.manual_seed(0)
+    first = drawn(1).flatten().tolist()
+    assert len(first) == 18 and all(position % 3 for position in first)
+    assert drawn(1).flatten().tolist() == first != drawn(2).flatten().tolist()
 
 
 def test_clip_cov_draws_from_the_covariances_within_bounds():
