@@ -91,7 +91,7 @@ class ProfilingConfig:
     --memory-snapshot-num-steps rollouts, and when memory runs out."""
     memory_snapshot_dir: Path = Path()
     """Folder of the files of --record-memory-history."""
-    memory_snapshot_path: str = "snapshot.pickle"
+    memory_snapshot_path: Path = Path("snapshot.pickle")
     """End of the name of these files, which begins with the rank."""
     memory_snapshot_num_steps: int | None = None
     """Write and end the record after so many rollouts of this start. None: only when memory runs out."""
@@ -106,7 +106,7 @@ class ProfilingConfig:
             )
         if OVERALL in self.profile_target and len(self.profile_target) > 1:
             raise ConfigError("--profile-target train_overall traces the other targets, too; give it alone, or the others")
-        if Path(self.memory_snapshot_path).name != self.memory_snapshot_path:
+        if len(self.memory_snapshot_path.parts) != 1:
             raise ConfigError(
                 f"--memory-snapshot-path {self.memory_snapshot_path} must be the name of a file, whose folder is "
                 "--memory-snapshot-dir"

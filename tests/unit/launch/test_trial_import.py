@@ -14,6 +14,7 @@ from qwench.config.config import Config
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError
+from qwench.launch import trial_import
 from qwench.launch.trial_import import check_imports
 from qwench.plugins import load_object
 from tests.deadlines import patient
@@ -50,6 +51,16 @@ def test_a_module_that_ends_its_process_is_named(code: str, how: str, tmp_path: 
         check_imports(config(path))
     begin = f"--custom-rm-path '{path}:score' cannot be imported: its module ends the process ("
     assert str(raised.value).startswith(begin + how.format(path=path))
+
+
+def test_functions_of_qwench_and_those_that_are_loaded_are_not_imported_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(trial_import, "run_child", lambda *given, **options: asked.append((given, options)) or (0, "done", ""))
+    for path in ("qwench.nowhere.score", "tests.deadlines.patient"):
+        check_imports(Config(reward=RewardConfig(custom_rm_path=path)))
+    assert asked == []
+    check_imports(Config(reward=RewardConfig(custom_rm_path="qwenchlike.score")))
+    assert asked == [(("qwench.launch.trial_import", ["qwenchlike.score"]), {"named": "qwenchlike.score"})]
 
 
 def test_of_several_modules_the_one_that_ends_it_is_named_by_its_flag(tmp_path: Path) -> None:

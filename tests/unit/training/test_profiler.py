@@ -76,7 +76,7 @@ def test_memory_is_recorded_until_its_rollout_and_written_by_rank(tmp_path: Path
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: calls.append(path))
     observers: list[Callable[..., None]] = []
     monkeypatch.setattr(torch._C, "_cuda_attach_out_of_memory_observer", observers.append, raising=False)
-    flags = {"memory_snapshot_dir": tmp_path / "m", "memory_snapshot_path": "s.pickle", "memory_snapshot_num_steps": 2}
+    flags = {"memory_snapshot_dir": tmp_path / "m", "memory_snapshot_path": Path("s.pickle"), "memory_snapshot_num_steps": 2}
     profiler = TrainProfiler(ProfilingConfig(record_memory_history=True, **flags, profile_ranks=(3,)), tmp_path, rank=3)
     TrainProfiler(ProfilingConfig(record_memory_history=True, **flags), tmp_path, rank=3)
     written = str(tmp_path / "m" / "rank3_s.pickle")
