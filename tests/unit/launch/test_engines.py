@@ -111,11 +111,23 @@ def test_servers_are_ordered_as_the_flags_say(tmp_path: Path, on_gpus: bool, dty
     )
 
 
+def test_every_engine_gets_the_order_of_all_and_its_number() -> None:
+    inputs = inputs_of(config_of(engine=EngineConfig(rollout_engine="sglang")))
+    order = {"token": "secret", "with_weights": True, "on_gpus": False}
+    made = engines.command_makers(inputs, num_engines=2, **order)
+    assert [(one.func, one.args, one.keywords) for one in made] == [
+        (engines.KINDS["sglang"].command, (server_order(inputs, **order),), {"index": index}) for index in range(2)
+    ]
+
+
 def test_a_deterministic_engine_computes_one_response_at_a_time_where_their_order_varies() -> None:
     sizes = EngineConfig(embedded_max_running_requests=7)
     config = config_of(engine=sizes, data=DataConfig(rollout_seed=11))
     plain = EmbeddedSettings(sizes=sizes, dtype=torch.float32, fp8=True, device="cpu", seed=11)
     assert embedded_settings(inputs_of(config), order_varies=True) == plain
+    invariant = replace(config, training=TrainingConfig(batch_invariant_mode=True))
+    other = replace(inputs_of(config), config=invariant, device=torch.device("meta"))
+    assert embedded_settings(other, order_varies=True) == replace(plain, batch_invariant=True, device="meta")
     deterministic = inputs_of(replace(config, training=TrainingConfig(deterministic_mode=True)))
     assert embedded_settings(deterministic, order_varies=False) == replace(plain, inline=True)
     assert embedded_settings(deterministic, order_varies=True) == replace(
@@ -313,7 +325,9 @@ def test_engines_that_run_already_are_asked_for_their_model(monkeypatch: pytest.
         evaluation=EvalConfig(eval_low_priority=True), asynchronous=AsyncConfig(fully_async=True),
         timeouts=TimeoutConfig(generate_timeout=5.0),
     )  # fmt: skip
-    inputs = inputs_of(config)
+    encode = {("ab", False): [97, 98]}
+    tokenizer = SimpleNamespace(encode=lambda text, *, add_special_tokens: encode[text, add_special_tokens])
+    inputs = replace(inputs_of(config), tokenizer=tokenizer)
     members = engines._reach_external(inputs, loop)
     urls = ["http://10.0.0.1:80", "http://10.0.0.2:80"]
     assert [member.url for member in members] == urls
@@ -345,7 +359,9 @@ def test_an_adapter_is_named_to_servers_that_read_it_from_a_folder(kind: str | N
     pool = SimpleNamespace(engines=[SimpleNamespace(), engine])
     plan = make_publisher(inputs_of(config), "model", pool, gpus=object(), timer=PhaseTimer())._plan
     assert plan.named == (NamedAdapter(config=AdapterConfig.of_run(ADAPTERS, base=".")) if named else None)
-    assert plan.after_write.section is config.foreign and plan.after_write.args.hf_checkpoint is None
+    args = plan.after_write.args
+    assert plan.after_write.section is config.foreign and args.hf_checkpoint is None
+    assert (args.sglang_router_ip, args.sglang_router_port) == ("", 0)
     whole = inputs_of(replace(config, lora=LoraConfig()))
     assert make_publisher(whole, "model", pool, gpus=object(), timer=PhaseTimer())._plan.named is None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +159,28 @@ def test_adapters_of_another_base_are_merged_into_that_base(tmp_path):
         (sft, None, merge.format("model")),
     ):
         assert end_of(CheckpointConfig(save=save, ref_load=base), lora_rank=rank)["next"] == said
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(999, "0.999k"), (999_000, "999k"), (1_000_000, "1M"), (596_049_920, "596M"), (10**9, "1B"), (8_190_735_360, "8.19B")],
+)
+def test_a_model_is_described_with_its_size_as_models_are_named(count, said):
+    inputs = inputs_of(Config(rollout=RolloutConfig(rollout_batch_size=8, num_rollout=3)))
+    model = SimpleNamespace(model_type="qwen3", parameter_shapes=lambda: {"a": (count - 6,), "b": (3, 2)})
+    described = run_facts.describe_model(replace(inputs, plan=replace(inputs.plan, model=model), dtype=torch.bfloat16))
+    assert described == f"model: qwen3, {said} parameters, bfloat16"
+
+
+def test_a_report_counts_the_rollouts_or_the_steps_of_the_run(monkeypatch):
+    monkeypatch.setattr(run_facts, "RunReport", lambda console, **options: SimpleNamespace(start=print, **options))
+    for loss, unit, total in (("policy_loss", "rollout", 3), ("sft_loss", "step", 6)):
+        config = Config(
+            rollout=RolloutConfig(rollout_batch_size=8, num_rollout=3), training=TrainingConfig(num_steps_per_rollout=2),
+            logging=LoggingConfig(show_samples=4, table_interval=5), algorithm=AlgorithmConfig(loss_type=loss),
+        )  # fmt: skip
+        report = start_report(inputs_of(config), "9 rows")
+        assert (report.unit, report.total, report.show_samples, report.table_interval) == (unit, total, 4, 5)
 
 
 def test_length_and_devices_are_said_in_the_numbers_of_the_run(monkeypatch):

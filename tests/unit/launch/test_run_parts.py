@@ -13,15 +13,20 @@ import pytest
 
 from qwench.config.config import Config
 from qwench.config.sections.algorithm import AlgorithmConfig
+from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.engine import EngineConfig
+from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.training import TrainingConfig
 from qwench.data.prompts import LoadedPrompts
+from qwench.errors import ConfigError
 from qwench.foreign.data_source import ForeignSource
-from qwench.launch import build
+from qwench.launch import build, outputs
 from qwench.launch.inputs import Inputs
+from qwench.observability.timing import PhaseTimer
 from qwench.samples import Prompt
 from tests.unit.launch.test_build import PROMPTS
 from tests.unit.launch.test_generation import eval_settings
@@ -157,6 +162,7 @@ def test_a_run_is_built_from_its_prompts_to_its_learner_and_closed_backwards(
     assert (run.evaluate, run.beside, run.checkpoints) == (None, "evaluations_beside made", "kept")
     assert (run.timer, run.memory_probe, run.probe) == (timer, "memory probe", None)
     assert (run.finish.func, run.finish.args) == (build.finish_report, (said.made["start_report"], planned))
+    assert "perf/engines_time" in timer.take()
     said.clear()
     beside[5].callback(said.append, "learner")
     run.close()
@@ -281,6 +287,14 @@ def test_prompts_are_read_after_functions_and_checked_against_rewards(
         ("check_prompts", inputs.reward_of(sets[1]), "two", True),
     ]
 
+    def refuse(reward: object, prompts: object, **options: object) -> None:
+        if prompts == "two":
+            raise ConfigError("no answers")
+
+    monkeypatch.setattr(build, "check_prompts", refuse)
+    with pytest.raises(ConfigError, match=r"^evaluation set two: no answers$"):
+        build._read_prompts(inputs)
+
 
 def test_prompts_come_from_the_users_class_from_nowhere_or_by_their_difficulty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "ForeignSource", lambda *given, **options: (given, options))
@@ -311,6 +325,54 @@ def test_a_source_of_the_user_goes_on_from_its_own_folder_and_a_shorter_run_is_s
     with caplog.at_level("INFO"):
         build.check_resumes(SimpleNamespace(saved=saved, foreign_run=None), source, num_rollout=2)
     assert (resumed, lengths) == ([Path("run")], [2]) and caplog.messages == ["is done"]
+
+
+@pytest.mark.parametrize(("rank", "writes"), [(0, True), (0, False), (1, True)])
+def test_checkpoints_are_opened_before_the_logs_which_the_main_rank_alone_has(
+    rank: int, writes: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done, timer = Said(), PhaseTimer()
+    config = Config(
+        rollout=RolloutConfig(**SIZE, n_samples_per_prompt=2), training=TrainingConfig(num_steps_per_rollout=2),
+        checkpoint=CheckpointConfig(save=tmp_path / "save"), logging=LoggingConfig(log_dir=tmp_path),
+        reward=RewardConfig(rm_type="math", second_grader="math-verify"),
+        data=DataConfig(chat_template_path=Path("chat.jinja"), apply_chat_template=True),
+    )  # fmt: skip
+    inputs = replace(inputs_of(config), rank=rank, tokenizer=SimpleNamespace(chat_template="template"))
+    results = {"CheckpointManager": "kept", "claim_outputs": "name", "_best": "best", "make_args": "args"}
+    logs = ("check_metrics_file", "read_disagreements", "open_logs")
+    for name in (*results, *logs, "after_save", "write_hf_checkpoint"):
+
+        def act(*given: object, name: str = name, **options: object) -> object:
+            done.append((name, *given, options))
+            return results.get(name, ())
+
+        monkeypatch.setattr(outputs, name, act)
+    metrics, listed = ("check_metrics_file", tmp_path / "metrics.jsonl", {}), tmp_path / "second_grader.jsonl"
+    opened = [("open_logs", config, tmp_path, {})] if writes else []
+    for disagreements in ([], [("read_disagreements", listed, {})]):
+        done.clear()
+        checkpoints, name, held = outputs.open_outputs(inputs, timer, writes=writes)
+        assert (checkpoints, name, type(held)) == ("kept", "" if rank else "name", ExitStack)
+        assert names(done)[:3] == ["_best", "after_save", "CheckpointManager"]
+        claimed = ("claim_outputs", config, held, {"writes": writes})
+        assert done[3:] == ([] if rank else [claimed, metrics, *disagreements, *opened])
+        listed.touch()
+    section, identity, console, given = find(done, "CheckpointManager")
+    assert (section, identity, console) == (config.checkpoint, outputs.run_identity(inputs), inputs.console)
+    write_hf = given.pop("write_hf")
+    assert given == {
+        "timer": timer, "is_main": writes and not rank, "flags": outputs.flag_values(config), "steps_per_rollout": 2,
+        "best": "best", "barrier": outputs.barrier, "after_save": (),
+    }  # fmt: skip
+    section, make, _ = find(done, "after_save")
+    assert (section, make()) == (config.foreign, "args")
+    write_hf(Path("hf"), "buckets")
+    written = {"source": inputs.model_folder, "chat_template": "template"}
+    assert done[-2:] == [
+        ("make_args", config, inputs.plan, {"host": "", "port": 0}),
+        ("write_hf_checkpoint", Path("hf"), "buckets", written),
+    ]
 
 
 def test_a_start_is_logged_before_anything_is_built(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

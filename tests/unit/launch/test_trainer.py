@@ -140,9 +140,10 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     for name in ("Reference", "BaseModel", "Critic", "PastPolicies"):
         monkeypatch.setattr(trainer, name, lambda *given, name=name, **options: (name, *given[1:], *options.values()))
     monkeypatch.setattr(trainer, "TrainingState", lambda policy, reference, **options: {"reference": reference, **options})
-    monkeypatch.setattr(trainer, "_load_teacher", lambda inputs, policy: "teacher")
+    monkeypatch.setattr(trainer, "_load_teacher", lambda inputs, policy: ("teacher", inputs.rank, policy.folder))
+    monkeypatch.setattr(trainer, "make_args", lambda *given, **options: (*given, options))
     monkeypatch.setattr(trainer, "_join", lambda inputs: found.get("link"))
-    monkeypatch.setattr(trainer, "start_hooks", lambda section, policy, args: ("hooks", section))
+    monkeypatch.setattr(trainer, "start_hooks", lambda section, policy, args: ("hooks", section, args()))
     monkeypatch.setattr(trainer, "RolloutColumns", lambda method, plan, **options: options)
     return found
 
@@ -155,22 +156,24 @@ def test_a_learner_has_what_the_plan_and_the_flags_name(parts: dict[str, object]
         algorithm=AlgorithmConfig(ref_update_interval=2, use_kl_loss=True),
     )
     holds = {"holds_teacher": True, "holds_critic": True, "holds_reference": True, "num_past_policies": 3}
-    trainer.build_learner(with_equal_bits(replace(inputs, plan=replace(inputs.plan, **holds))), timer)
+    inputs = with_equal_bits(replace(inputs, plan=replace(inputs.plan, **holds)))
+    trainer.build_learner(inputs, timer)
     state, _, columns = parts.pop("given")
     assert state == {
         "reference": ("Reference",),
         "reference_moves": True,
         "critic": ("Critic", state["critic"][1]),
-        "teacher": "teacher",
+        "teacher": ("teacher", 0, Path()),
         "past_policies": ("PastPolicies", 3),
     }
     assert columns["truncated"] is False
-    same = ("temperature", "timer", "console", "hooks", "link", "forgets_moments", "peak_tflops", "equal_bits")
+    same = ("plan", "temperature", "timer", "console", "hooks", "link", "forgets_moments", "peak_tflops", "equal_bits")
     assert {name: parts[name] for name in same} == {
+        "plan": inputs.plan,
         "temperature": 1.0,
         "timer": timer,
         "console": inputs.console,
-        "hooks": ("hooks", inputs.config.foreign),
+        "hooks": ("hooks", inputs.config.foreign, (inputs.config, inputs.plan, {"host": "", "port": 0})),
         "link": None,
         "forgets_moments": True,
         "peak_tflops": 9.0,
@@ -242,7 +245,8 @@ def test_megatron_is_built_with_its_layout_where_the_flags_ask_for_it(monkeypatc
     name = "qwench.training.megatron.megatron_trainer"
     backend = SimpleNamespace(MegatronTrainer=SimpleNamespace(build=lambda folder, **options: Built(folder, options)))
     monkeypatch.setitem(sys.modules, name, backend)
-    monkeypatch.setattr(trainer, "check_platform", lambda: None)
+    checked: list[int] = []
+    monkeypatch.setattr(trainer, "check_platform", lambda: checked.append(1))
     inputs = of(
         training=TrainingConfig(train_backend="megatron"), timeouts=TimeoutConfig(distributed_timeout_minutes=3),
         lora=LoraConfig(lora_rank=2),
@@ -265,6 +269,12 @@ def test_megatron_is_built_with_its_layout_where_the_flags_ask_for_it(monkeypatc
     without = replace(inputs, config=replace(inputs.config, lora=LoraConfig()))
     other = trainer._build(without, Path("start"), OPTIMIZER, critic=True)
     assert (other.folder, other.options) == (Path("start"), expected | {"critic": True, "logits": False, "lora": None})
+    assert checked == [1, 1]
+
+
+def test_a_reference_of_adapters_is_the_model_without_them_unless_it_moves(parts: dict[str, object]) -> None:
+    for adapters, moves, kind in ((True, False, "BaseModel"), (True, True, "Reference"), (False, False, "Reference")):
+        assert trainer._reference(SimpleNamespace(has_adapters=adapters), moves=moves) == (kind,)
 
 
 @pytest.mark.parametrize(
