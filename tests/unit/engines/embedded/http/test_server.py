@@ -70,9 +70,12 @@ def ask(
              "headers": headers, "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 1), "scheme": "http",
              "http_version": "1.1", "root_path": "", "asgi": {"version": "3.0"}}  # fmt: skip
     sent: list[dict[str, Any]] = []
+    bodies = [content]
 
     async def receive() -> dict[str, object]:
-        return {"type": "http.request", "body": content, "more_body": False}
+        if not bodies:
+            await asyncio.Event().wait()  # the client stays
+        return {"type": "http.request", "body": bodies.pop(), "more_body": False}
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
