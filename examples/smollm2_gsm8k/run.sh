@@ -52,7 +52,7 @@ grpo() {
         --num-rollout "$NUM_ROLLOUT" --rollout-batch-size 256 --n-samples-per-prompt 8 --global-batch-size 1024 \
         --rollout-temperature "$TEMPERATURE" --advantage-estimator grpo --disable-grpo-std-normalization \
         --eps-clip 0.2 --eps-clip-high 0.28 --calculate-per-token-loss \
-        --lr "$GRPO_LR" --min-lr 1e-6 --lr-warmup-iters 6 --lr-decay-style WSD --lr-wsd-decay-style linear \
+        --lr "$GRPO_LR" --min-lr 1e-6 --lr-warmup-iters $((steps * 3 / 113)) --lr-decay-style WSD --lr-wsd-decay-style linear \
         --lr-wsd-decay-iters $((steps * 33 / 113)) --weight-decay 0.0 --adam-beta1 0.9 --adam-beta2 0.98 \
         "${ENGINE[@]}" --no-offload-train --no-offload-rollout "${HELD_OUT[@]}" "${GREEDY[@]}" --eval-interval 20 \
         --save "$OUTPUT_DIR/grpo" --save-interval "$NUM_ROLLOUT" --save-hf "$OUTPUT_DIR/grpo-hf" "${TRAINER[@]}" "${GRPO_FLAGS[@]}"
