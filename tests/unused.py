@@ -43,7 +43,7 @@ USED: Mapping[str, str] = {
         custom_megatron_post_save_hook_path""",
     "a flag names it by its path": "check_parts_nonzero_std",
     "benchmarks hand them to other programs, or name them by path": "long_tail on_step_end",
-    "tests kill processes and look for leaks by them": "leave_groups pids unfinished",
+    "tests kill processes and look for leaks by them": "pids unfinished",
 }
 """Reason -> names."""
 

@@ -21,7 +21,7 @@ from qwench.config.layout import ParallelLayout
 from qwench.config.sections.training import TrainingConfig
 from qwench.models.hf import architecture_of, load_hf_config
 from qwench.models.megatron_names import rules, to_megatron, tp_shard
-from qwench.training.megatron.groups import is_first_stage, is_last_stage, join_groups, leave_groups
+from qwench.training.megatron.groups import is_first_stage, is_last_stage, join_groups
 from qwench.training.megatron.model import transformer_config
 from tests.contract.rank_processes import run_ranks
 from tests.deadlines import patient
@@ -61,7 +61,7 @@ def _run_rank(rank: int, folder: Path) -> None:
         join_groups(ParallelLayout(tp=layout[0], pp=layout[1]), timeout_s=_TIMEOUT_S)
         for model in MODELS:
             _load_and_save(folder, model, layout)
-        leave_groups()
+        parallel_state.destroy_model_parallel()
 
 
 def _load_and_save(folder: Path, model: str, layout: tuple[int, int]) -> None:

@@ -20,7 +20,7 @@ from qwench.config.layout import ParallelLayout, check_layout
 from qwench.config.sections.training import TrainingConfig
 from qwench.models.hf import architecture_of, load_hf_config
 from qwench.training.batch import idle
-from qwench.training.megatron.groups import is_first_stage, is_last_stage, join_groups, leave_groups
+from qwench.training.megatron.groups import is_first_stage, is_last_stage, join_groups
 from qwench.training.megatron.model import (
     PolicyModel,
     TokenScores,
@@ -105,7 +105,7 @@ def _run_rank(rank: int, folder: Path) -> None:
     for case in CASES:
         with joined(rank, WORLD_SIZE, folder / f"{case.name}.store", timeout_s=_TIMEOUT_S):
             torch.save(_run_case(case, folder), folder / f"{case.name}.{rank}.pt")
-            leave_groups()
+            parallel_state.destroy_model_parallel()
 
 
 def _run_case(case: Case, folder: Path) -> dict[str, object]:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from qwench.config.layout import ParallelLayout
 from qwench.config.sections.training import TrainingConfig
 from qwench.training.critic import Critic
 from qwench.training.fsdp.fsdp_trainer import FsdpTrainer
-from qwench.training.megatron.groups import leave_groups
 from qwench.training.megatron.megatron_trainer import MegatronTrainer
 from qwench.training.reference import Reference
 from qwench.training.trainer import Trainer
@@ -134,7 +134,7 @@ def _run_rank(rank: int, layout: Layout, folder: Path, records: Path) -> None:
         (records / f"{rank}.pickle").write_bytes(pickle.dumps(made))
         del models
         if layout.megatron is not None:
-            leave_groups()
+            parallel_state.destroy_model_parallel()
 
 
 def _models(build: Callable[..., Trainer], folder: Path) -> Models:

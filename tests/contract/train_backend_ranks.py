@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from qwench.algorithms.columns import MicroBatch, TokenLoss
 from qwench.config.layout import ParallelLayout
@@ -21,7 +22,6 @@ from qwench.config.sections.training import TrainingConfig
 from qwench.errors import TrainingError
 from qwench.training.batch import unpack
 from qwench.training.fsdp.fsdp_trainer import WHOLE_GRADIENT_BYTES, FsdpTrainer
-from qwench.training.megatron.groups import leave_groups
 from qwench.training.megatron.megatron_trainer import MegatronTrainer
 from qwench.training.reference import BaseModel, FrozenTeacher, Reference
 from qwench.training.trainer import Scorer, Trainer
@@ -104,7 +104,7 @@ def build_megatron(model_folder: Path, case: Case, device: torch.device = CPU) -
         collective_timeout_s=_TIMEOUT_S,
         lora=case.lora,
     )
-    leave_groups()
+    parallel_state.destroy_model_parallel()
 
 
 BUILDERS: dict[str, Callable[[Path, Case, torch.device], AbstractContextManager[Trainer]]] = {

@@ -122,7 +122,7 @@ def _megatron(folder: Path, device: torch.device, layout: str, dtype: torch.dtyp
 
 def _steps_of_a_rank(rank: int, world_size: int, device_name: str, layout: str, folder: Path) -> None:
     device = _join(rank, world_size, device_name, folder)
-    from qwench.training.megatron.groups import leave_groups  # noqa: PLC0415  # after the stand-in
+    from megatron.core import parallel_state  # noqa: PLC0415  # after the stand-in
 
     for model in _MODELS:
         backend = _megatron(folder / model, device, layout, torch.float32, cases.OPTIMIZER)
@@ -133,7 +133,7 @@ def _steps_of_a_rank(rank: int, world_size: int, device_name: str, layout: str, 
         ]
         weights = {name: tensor.cpu() for bucket in backend.weights(bucket_bytes=1 << 14) for name, tensor in bucket}
         torch.save({"steps": [asdict(step) for step in steps], "weights": weights}, folder / f"{model}.{rank}.pt")
-        leave_groups()
+        parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 

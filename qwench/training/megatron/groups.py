@@ -1,4 +1,4 @@
-"""Joining megatron-core's process groups, and leaving them again so that another layout can follow."""
+"""Joining megatron-core's process groups."""
 
 from __future__ import annotations
 
@@ -38,11 +38,6 @@ def join_groups(layout: ParallelLayout, *, timeout_s: float) -> ParallelRank:
         num_ranks=dist.get_world_size(),
         is_main=dist.get_rank() == 0,
     )
-
-
-def leave_groups() -> None:
-    """Destroy megatron-core's groups, if there are any; the default process group stays."""
-    parallel_state.destroy_model_parallel()
 
 
 def is_first_stage() -> bool:
