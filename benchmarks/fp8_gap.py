@@ -55,6 +55,8 @@ def read_texts(file: Path, *, num_tokens: int) -> list[Text]:
         if texts and sum(len(text.tokens) for text in texts) + len(tokens) > num_tokens:
             break
         texts.append(Text(tokens=tokens, start=len(tokens) - record["response_length"], log_probs=record["rollout_log_probs"]))
+    if not texts:
+        raise SystemExit(f"{file} has no samples; give a rollout of --save-debug-rollout-data")
     return texts
 
 
@@ -139,11 +141,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     parser.add_argument("--output", type=Path, help="JSON file of the figures")
     given = parser.parse_args()
+    texts = [] if given.samples is None else read_texts(given.samples, num_tokens=given.tokens)
     model = load_model(given.model, dtype=torch.float32).to(given.device)
-    if given.samples is not None:
-        texts = read_texts(given.samples, num_tokens=given.tokens)
-    else:
-        texts = random_texts(model.config.vocab_size, num_tokens=given.tokens)
+    texts = texts or random_texts(model.config.vocab_size, num_tokens=given.tokens)
     found = measure(model, texts, activations=given.activations)
     layers, shares = found.pop("layers"), found.pop("shares")
     assert isinstance(layers, list) and isinstance(shares, list)

@@ -27,4 +27,4 @@ fi
 bash "$HERE/../../scripts/$SCRIPT" --prompt-data "$PROMPTS" --eval-prompt-data none "$PROMPTS" --skip-eval-before-train \
    --num-rollout 3 --rollout-max-response-len 1024 --rollout-ignore-eos --rm-type random --no-save-optim \
    --log-dir "$LOGS" "$@"
-python "$HERE/rollout_times.py" "$LOGS/metrics.jsonl"
+[[ " $* " == *" --dry-run "* ]] || python "$HERE/rollout_times.py" "$LOGS/metrics.jsonl"

@@ -179,6 +179,12 @@ def test_a_script_without_its_folders_says_which_is_missing():
     assert "MODEL_DIR: set it to the folder of the checkpoints" in done.stderr
 
 
+def test_a_recipe_s_benchmark_has_no_table_of_a_dry_run(stage: Path, world: dict[str, str]):
+    recipe = SCRIPTS.parent / "benchmarks" / "multi_gpu" / "recipe.sh"
+    shown = expand(recipe, stage, "4B", "run-qwen3-4B_4xgpu.sh", "--dry-run", **world, PROMPTS="p.jsonl")
+    assert shown[0] == "train" and shown[-1] == "--dry-run"
+
+
 def test_no_script_ends_a_process():
     for script in SCRIPTS.rglob("*.sh"):
         assert not re.search(r"\b(pkill|kill|killall|ray stop)\b", script.read_text(encoding="ascii")), script

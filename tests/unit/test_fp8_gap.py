@@ -69,3 +69,6 @@ def test_samples_are_read_up_to_the_number_of_tokens(tmp_path: Path):
     file.write_text("\n".join(json.dumps(record) for record in [{"rollout_id": 0}, *records]) + "\n")
     assert [(text.start, len(text.log_probs)) for text in read_texts(file, num_tokens=20)] == [(6, 4), (5, 5)]
     assert len(read_texts(file, num_tokens=1)) == 1
+    file.write_text('{"rollout_id": 0}\n')
+    with pytest.raises(SystemExit, match=f"^{file} has no samples; give a rollout of --save-debug-rollout-data$"):
+        read_texts(file, num_tokens=20)
