@@ -37,7 +37,6 @@ ABSENT: dict[str, Foreign] = {
     "use_distributed_post": False,
     "use_slime_router": False,
     "use_miles_router": False,
-    "fully_async": False,
 }
 """Flags of slime and miles that Qwench has not -> the value that says so."""
 

@@ -25,14 +25,16 @@ def held(args: Namespace, expected: dict[str, object]) -> dict[str, object]:
 
 def test_derived_values_have_the_names_of_the_references():
     args = args_of(
-        "--rollout-num-gpus-per-engine", "2", "--num-steps-per-rollout", "2", "--eps-clip", "0.3", "--train-backend", "fsdp"
-    )
+        "--rollout-num-gpus-per-engine", "2", "--num-steps-per-rollout", "2", "--eps-clip", "0.3", "--reward-key", "acc",
+        "--rollout-stop-token-ids", "1", "2",
+    )  # fmt: skip
     expected = {
         "train_backend": "fsdp", "global_batch_size": 16, "num_steps_per_rollout": 2, "over_sampling_batch_size": 8,
         "rollout_global_dataset": True, "compute_advantages_and_returns": True, "grpo_std_normalization": True,
         "rewards_normalization": True, "eps_clip_high": 0.3, "rollout_num_gpus": 8, "rollout_num_engines": 4,
         "offload_train": True, "offload_rollout": True, "wandb_random_suffix": False, "rollout_stop": None, "eval_datasets": [],
         "sglang_router_ip": "10.0.0.1", "sglang_router_port": 3000, "rollout_batch_size": 8, "n_samples_per_prompt": 4,
+        "eval_reward_key": "acc", "rollout_stop_token_ids": [1, 2], "eval_prompt_data": None,
     }  # fmt: skip
     assert held(args, expected) == expected
 

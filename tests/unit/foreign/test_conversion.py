@@ -76,10 +76,22 @@ def test_every_known_key_may_be_there_and_those_that_are_read_have_an_entry_for_
 
 
 def test_tokens_of_unknown_versions_count_as_those_of_version_0():
-    one = sample(8, 1.0)
-    one.weight_versions = [-1, -1, -1]
-    made = convert(as_there, Rollout(rollout_id=4, groups=[Group(group_id=0, samples=[one, sample(9, 0.0)])], metrics={}))
-    assert [x.weight_versions for x in made.samples] == [[0] * 3, [3] * 3]
+    for versions, expected in (([-1, -1, -1], [0, 0, 0]), ([2, 0, -1], [2, 0, 0]), ([2, 5, -1], [2, 5, 2])):
+        one = sample(8, 1.0)
+        one.weight_versions = versions
+        made = convert(as_there, Rollout(rollout_id=4, groups=[Group(group_id=0, samples=[one, sample(9, 0.0)])], metrics={}))
+        assert [x.weight_versions for x in made.samples] == [expected, [3] * 3]
+
+
+def test_without_indices_rows_are_the_samples_in_their_order_and_keep_their_metadata():
+    one, other = sample(8, 1.0), sample(9, 0.0, (5, 6))
+    one.metadata["level"] = 3
+    made = convert(
+        lambda args, samples: {name: column for name, column in as_there(args, samples).items() if name != "sample_indices"},
+        Rollout(rollout_id=4, groups=[Group(group_id=0, samples=[one, other])]),
+    )
+    assert [x.metadata for x in made.samples] == [{"level": 3, "converted_reward": 0.5}, {"converted_reward": -0.5}]
+    assert [x.tokens for x in made.samples] == [one.tokens, other.tokens]
 
 
 def test_the_tokens_that_sampling_kept_stay_beside_a_response_of_the_same_length():

@@ -76,7 +76,7 @@ def test_groups_are_tokenised_and_numbered_by_the_run():
     assert [sample.prompt.text for sample in samples] == ["100", "100", "99", "99", "98", "98"]
     assert samples[2].tokens == TOKENIZER("99")["input_ids"] and samples[2].response_length == 0
     assert (samples[2].prompt.label, samples[2].metadata) == ("even", {"turn": 99})
-    assert source.num_rollouts_per_epoch(4) == 2
+    assert (source.num_rollouts_per_epoch(4), source.num_rollouts_per_epoch(400)) == (2, 1)
 
 
 def test_save_and_load_of_the_source_follow_the_checkpoints():
@@ -195,7 +195,8 @@ def test_a_source_without_a_place_or_a_data_set_of_its_own_keeps_no_position(arg
 def test_a_run_without_the_state_of_its_source_does_not_begin_the_data_anew(args, tmp_path):
     source = RolloutDataSource(args)
     source.get_samples(3)
-    source.save(2)
+    for rollout_id in (1, 2):
+        source.save(rollout_id)
     args.load = str(tmp_path / "moved")
     with pytest.raises(CheckpointError, match=r"moved/rollout/global_dataset_state_dict_2.pt, the position of .* is missing"):
         RolloutDataSource(args).load(2)

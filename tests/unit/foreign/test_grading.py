@@ -8,7 +8,7 @@ from qwench.foreign.built_in import compute_score, extract_answer, f1_score, gra
 def test_f1_comes_with_precision_and_recall():
     # shared: red fox; stated 3 words, wanted 2 (articles do not count)
     assert f1_score("the red fox ran", "a red fox") == pytest.approx((0.8, 2 / 3, 1.0))
-    assert f1_score("whale", "fox") == f1_score(None, "fox") == f1_score("yes", "no") == (0, 0, 0)
+    assert f1_score("whale", "fox") == f1_score(None, "fox") == f1_score("yes", "no") == f1_score("", "fox") == (0, 0, 0)
 
 
 def test_a_strict_box_stands_in_the_last_hundred_characters():

@@ -8,7 +8,7 @@ import pytest
 
 from qwench.errors import ConfigError, QwenchError
 from qwench.foreign.loading import is_foreign, load, takes
-from qwench.foreign.modules import MODULES, stand_ins, withdraw
+from qwench.foreign.modules import MODULES, generate_and_rm, stand_ins, withdraw
 from qwench.foreign.sample import Sample
 from qwench.plugins import check_signature
 
@@ -33,6 +33,7 @@ def write(folder: Path, text: str) -> str:
     [
         ("def fn(sample): ...", False),
         ("fn = max", False),
+        ("from math import hypot as fn", False),
         ("def fn(): ...", False),
         ("import slime\ndef fn(): ...", False),
         ("async def fn(sample, context): ...", False),
@@ -48,6 +49,10 @@ def test_parameters_and_imports_tell_the_convention(tmp_path, text, foreign):
     function = load(write(tmp_path, text), flag=FLAG)
     assert is_foreign(function, "auto") == foreign
     assert is_foreign(function, "slime") and is_foreign(function, "miles") and not is_foreign(function, "qwench")
+
+
+def test_a_function_of_qwench_is_its_own_under_any_convention():
+    assert not any(is_foreign(generate_and_rm, api) for api in ("auto", "slime", "miles"))
 
 
 def test_images_are_refused_where_they_are_met_not_where_their_helper_is_imported(tmp_path):

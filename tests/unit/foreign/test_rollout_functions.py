@@ -191,6 +191,11 @@ def test_reward_post_processing_answers_with_two_lists_of_which_the_second_is_le
     adapted = Adapters(as_text=True).reward_post_process(process, "mine.fn", lambda: ARGS)
     assert adapted([finished("1", "1"), finished("2", "1")]) == [1.0, -2.0]
     assert seen == [(ARGS, ["1", "2"])]
+    prompts = []
+    for as_text in (True, False):
+        noting = lambda args, samples: prompts.append(samples[0].prompt) or ([], [])  # noqa: E731 - one more function
+        Adapters(as_text=as_text).reward_post_process(noting, "mine.fn", lambda: ARGS)([finished("1", "1")])
+    assert prompts == [finished("1", "1").prompt.text, finished("1", "1").prompt.messages]
     with pytest.raises(
         QwenchError, match=r"^--custom-reward-post-process-path mine.fn must return raw rewards and rewards, got "
     ):
