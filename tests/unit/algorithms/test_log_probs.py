@@ -43,6 +43,21 @@ def test_hand_computed_log_prob_and_entropy():
     assert entropy.tolist() == pytest.approx([-0.9 * math.log(0.9) - 0.1 * math.log(0.1)])
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 10_000])
+def test_the_gradient_of_the_head_may_go_into_a_sum_and_nowhere_where_the_head_is_frozen(kept_bytes):
+    hidden, weight, labels = _inputs(5)
+    sizes = {"temperature": 0.7, "chunk_tokens": 2, "kept_bytes": kept_bytes}
+    of_hidden, of_weight = _gradients(token_log_probs(hidden, weight, labels, **sizes), (hidden, weight))
+    added = torch.ones(11, 6)
+    outputs = token_log_probs(hidden, weight, labels, weight_sum=added, **sizes)
+    slopes = torch.linspace(-1.0, 2.0, 5)
+    found = torch.autograd.grad((slopes * outputs[0]).sum(), (hidden, weight), allow_unused=True)
+    assert found[1] is None
+    torch.testing.assert_close((found[0], added), (of_hidden, 1 + of_weight))
+    frozen = _gradients(token_log_probs(hidden, weight.detach(), labels, **sizes), (hidden,))
+    torch.testing.assert_close(frozen[0], of_hidden)
+
+
 @given(
     num_tokens=st.integers(1, 13),
     chunk_tokens=st.integers(1, 16),

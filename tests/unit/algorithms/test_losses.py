@@ -34,6 +34,8 @@ def test_dual_clip_bounds_the_loss_of_negative_advantages_only():
     loss, clipped = ppo_clip(_log(10.0, 10.0, 2.0), torch.tensor([-2.0, 1.0, -1.0]), eps_low=0.2, eps_high=0.2, eps_dual=3.0)
     assert loss.tolist() == pytest.approx([6.0, -1.2, 2.0])
     assert clipped.tolist() == [False, True, False]
+    with pytest.raises(AssertionError, match="larger than 1"):
+        ppo_clip(_log(2.0), torch.tensor([-1.0]), eps_low=0.2, eps_high=0.2, eps_dual=1.0)
 
 
 def test_clipped_token_has_no_gradient_and_unclipped_has_ratio_times_advantage():

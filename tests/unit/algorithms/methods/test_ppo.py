@@ -86,6 +86,8 @@ def test_a_value_is_clipped_to_its_old_one_where_that_is_worse():
     loss, clipped = clipped_value_loss(torch.tensor([0.5, 0.1, 2.0]), torch.zeros(3), torch.tensor([1.0, 1.0, 0.1]), clip=0.2)
     assert loss.tolist() == pytest.approx([0.64, 0.81, 3.61])
     assert clipped.tolist() == [True, False, False]
+    fallen, clipped = clipped_value_loss(torch.tensor([-0.5]), torch.zeros(1), torch.tensor([-1.0]), clip=0.2)
+    assert (fallen.tolist(), clipped.tolist()) == (pytest.approx([0.64]), [True])
 
 
 def test_a_value_within_the_distance_is_not_clipped_though_its_change_is_rounded():
