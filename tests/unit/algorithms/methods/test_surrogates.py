@@ -101,11 +101,14 @@ DPPO = [
     ("dppo_tv", 0.15, 0.5, 0.7, 1.0, 0.0),
     ("dppo_tv", 0.15, 0.5, 0.7, -1.0, -0.499345),
     ("dppo_tv", 0.15, 0.5, 0.3, -1.0, 0.0),
+    ("dppo_tv", 0.25, 0.25, 0.5, 1.0, -2 * math.log(0.5)),  # as far as it may
+    ("dppo_tv", 0.25, 0.5, 0.25, -1.0, 0.5 * math.log(0.25)),
     ("dppo_tv", 0.15, 0.001, 0.1, 1.0, 20 * -math.log(0.1)),  # the ratio 100 is truncated
     ("dppo_kl", 0.05, 0.5, 0.7, 1.0, 0.0),
     ("dppo_kl", 0.05, 0.5, 0.6, 1.0, 0.612991),
     ("dppo_kl", 0.05, 0.5, 0.3, 1.0, 0.722384),
     ("dppo_kl", 0.05, 0.5, 0.3, -1.0, 0.0),
+    ("dppo_kl", 0.05, 1.0, 0.9, -1.0, 0.0),
 ]
 
 
@@ -117,10 +120,16 @@ def test_dppo_masks_tokens_whose_probability_moved_too_far(name, bound, old, new
     assert gradient == [pytest.approx(loss / math.log(new), rel=1e-4, abs=1e-7)]
 
 
+def test_dppo_knows_how_far_a_token_moved_that_became_certain():
+    ((loss, gradient, clipped),) = _losses({"advantage_estimator": "dppo_kl", "eps_clip": 0.05}, _log(0.5), _log(1.0), [1.0])
+    assert (loss, gradient, clipped) == (0.0, [0.0], 1.0)
+
+
 def test_clip_cov_drops_its_tokens_and_clips_the_others():
-    rows = _losses({"advantage_estimator": "clip_cov"}, _log(0.2, 0.2), _log(0.2, 0.3), [1.0, 1.0], picked=[1.0, 0.0])
-    assert [row[0] for row in rows] == pytest.approx([0.0, -1.2])
-    assert [row[2] for row in rows] == [1.0, 1.0]
+    logs, picked = (_log(0.2, 0.2, 0.2), _log(0.2, 0.3, 0.2)), [1.0, 0.0, 0.0]
+    rows = _losses({"advantage_estimator": "clip_cov"}, *logs, [1.0, 1.0, 1.0], picked=picked)
+    assert [row[0] for row in rows] == pytest.approx([0.0, -1.2, -1.0])
+    assert [row[2] for row in rows] == [1.0, 1.0, 0.0]
 
 
 def test_kl_cov_penalises_its_tokens():
@@ -157,6 +166,8 @@ def test_tokens_are_drawn_by_the_seed_alone():
 def test_clip_cov_draws_from_the_covariances_within_bounds():
     old, masks = [[-1.0, 0.0, -3.0], [-5.0, -7.0]], [[1, 0, 1], [1, 1]]
     assert _picked("clip_cov", old, [2.0, -2.0], masks, clip_cov_ratio=1.0) == [[0.0, 0.0, 1.0], [1.0, 0.0]]
+    bounded = _picked("clip_cov", old, [2.0, -2.0], masks, clip_cov_ratio=1.0, clip_cov_ub=6.0)
+    assert bounded == [[0.0, 0.0, 1.0], [1.0, 0.0]], "6 is not below the bound"
     drawn = _picked("clip_cov", old, [2.0, -2.0], masks, clip_cov_ratio=0.25)
     assert drawn in ([[0.0, 0.0, 1.0], [0.0, 0.0]], [[0.0, 0.0, 0.0], [1.0, 0.0]])
     assert drawn == _picked("clip_cov", old, [2.0, -2.0], masks, clip_cov_ratio=0.25)

@@ -43,6 +43,16 @@ def test_rewards_are_compared_within_their_group(flags, expected):
     assert got.tolist() == pytest.approx([expected, -expected])
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [({"disable_grpo_std_normalization": True}, [0.5, -0.5, 0.5]), ({"advantage_estimator": "maxrl"}, [1.0, -1.0, 1.0])],
+)
+def test_rewards_of_samples_are_compared_with_those_of_executions(flags, expected):
+    # Three samples of two executions, with the scores 1 and 0.
+    method = build_method(AlgorithmConfig(**flags))
+    assert method.compare(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, 0.0])).tolist() == pytest.approx(expected)
+
+
 def test_ungraded_sample_is_not_part_of_its_group():
     got = build_method(AlgorithmConfig()).rewards(_batch([1.0, 0.0, 0.0], graded=[True, True, False]))
     assert got.tolist() == pytest.approx([0.5 / (math.sqrt(0.5) + 1e-6), -0.5 / (math.sqrt(0.5) + 1e-6), 0.0])
@@ -123,7 +133,7 @@ def test_supervised_fine_tuning_needs_nothing_and_has_no_targets():
         ({"get_mismatch_metrics": True}, 1, Needs(old_log_probs=True, rollout_log_probs=("--get-mismatch-metrics",))),
         ({"entropy_coef": 0.1}, 1, Needs(entropy=True)),
         ({"observe_training_entropy": True}, 1, Needs(entropy=True)),
-        ({"advantage_estimator": "gspo"}, 1, Needs(old_log_probs=True)),
+        *(({"advantage_estimator": name}, 1, Needs(old_log_probs=True)) for name in ("gspo", "clip_cov", "kl_cov")),
     ],
 )
 def test_a_method_needs_what_its_flags_compare(flags, num_steps, needs):

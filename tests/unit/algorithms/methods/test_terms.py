@@ -83,6 +83,7 @@ def test_the_gap_to_the_engine_is_that_of_tokens_of_the_current_weights(fresh, g
     ("flags", "mean"),
     [
         ({"tis_clip": 2.0}, 5 / 3),  # weights 1, 2, 2
+        ({"tis_clip": 0.5}, 0.5),
         ({"tis_clip": 3.0, "tis_level": "sequence", "tis_mode": "clip"}, 2.5),  # 1 x 3 and 2, of one sequence each
         ({"tis_clip": 2.5, "tis_mode": "icepop"}, 1.0),  # 1, 0, 2
         ({"tis_clip": 0.5, "tis_mode": "icepop"}, 1.0),  # nothing is within the bounds, and nothing is divided by 0
