@@ -75,6 +75,13 @@ def test_over_a_rollout_with_fewer_than_two_graded_executions_all_are_zero(grade
     assert standardize_over_executions(torch.tensor([3.0, 5.0]), ids, ids, torch.tensor(graded)).tolist() == [0.0, 0.0]
 
 
+def test_over_a_rollout_an_ungraded_sample_has_zero_and_moves_no_other():
+    ids = torch.arange(3)
+    graded = torch.tensor([True, True, False])
+    found = standardize_over_executions(torch.tensor([1.0, 0.0, 9.0]), ids, ids, graded)
+    assert found.tolist() == pytest.approx([0.5 / (math.sqrt(0.5) + 1e-6), -0.5 / (math.sqrt(0.5) + 1e-6), 0.0])
+
+
 def test_ungraded_sibling_need_not_agree_with_its_execution():
     got = _normalize([1, 0, 0], [0] * 3, executions=[7, 7, 8], graded=[True, False, True], divide_by_std=False)
     assert got.tolist() == [0.5, 0.0, -0.5]

@@ -12,7 +12,9 @@ import pytest
 
 from qwench.config.sections.reward import RewardConfig
 from qwench.errors import ConfigError, RewardError
+from qwench.rewards.custom import CustomReward
 from qwench.rewards.pool import RewardPool
+from qwench.rewards.worker_process import WorkerProcess
 from qwench.samples import Sample, Verdict
 from tests.deadlines import patient
 from tests.unit.rewards.samples import finished
@@ -107,6 +109,34 @@ def test_a_late_function_is_killed_and_said_where_it_was(name: str, line: str) -
     assert (verdict.score, verdict.reason) == (0.0, "timeout")
     assert f"{HOSTILE_FILE}:" in verdict.extra["error"]
     assert abs(int(verdict.extra["error"].split(":")[1].split()[0]) - line_of(line)) <= 1
+
+
+@pytest.mark.parametrize(("name", "deadline_s"), [("half", 32.0), ("thread_is_main", 30.0)])
+def test_what_goes_wrong_is_said_once_of_each_kind_and_twenty_times_at_most(name, deadline_s, monkeypatch, caplog) -> None:
+    kinds = [*range(19), 0, 19, 20]
+    answers = iter([{"score": 1.0, "reason": "custom", "extra": {}}, {"late": "my.py:3"}, *({"failed": f"{n}"} for n in kinds)])
+
+    def ask(worker: WorkerProcess, message: bytes, *, timeout_s: float) -> object:
+        assert timeout_s == deadline_s, "an async function's own deadline comes two seconds earlier"
+        worker.said = "printed"
+        return {"calls": [next(answers)]}
+
+    async def in_turn(pool: CustomReward) -> list[Verdict]:
+        return [await pool.grade(finished("x", sample_id=n)) for n in range(24)]
+
+    monkeypatch.setattr(WorkerProcess, "ask", ask)
+    caplog.set_level("INFO")
+    path = f"{FUNCTIONS}.{name}"
+    with closing(CustomReward(path, key=None, num_workers=1, timeout_s=30.0)) as reward:
+        verdicts = asyncio.run(in_turn(reward))
+    assert verdicts[1] == Verdict(score=0.0, reason="timeout", extra={"error": "my.py:3"})
+    assert verdicts[2] == Verdict(score=0.0, reason="grader_error", extra={"error": "0"})
+    said = [record.getMessage().removeprefix(f"--custom-rm-path {path}: ") for record in caplog.records]
+    assert said.count("printed") == 24
+    assert [one for one in said if one != "printed"] == [
+        "no reward of sample 1 within 30 s (my.py:3)",
+        *(f"no reward of sample {2 + n}: {n}" for n in range(19)),
+    ]
 
 
 @pytest.mark.parametrize("name", ["slow", "slow_plain"])

@@ -17,6 +17,7 @@ CASES = [
     ("Yes!", "yes", 1.0, "exact"),
     ("yes it is", "yes", 0.0, "wrong"),
     ("no", "no answer", 0.0, "wrong"),
+    ("noanswer given", "noanswer", 0.0, "wrong"),
 ]
 
 

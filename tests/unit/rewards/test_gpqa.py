@@ -79,5 +79,7 @@ def test_a_row_that_does_not_say_what_is_right_is_refused():
         grade("answer: B", "B", {"choices": "10 m, 20 m"})
     with pytest.raises(RewardError, match=r"the label 'E' is none of the options A, B, C, D nor of their texts\."):
         grade("answer: E", "E", CHOICES)
+    with pytest.raises(RewardError, match=r"the label '3' is none of the options A, B, C nor of their texts\."):
+        grade("answer: C", "3", {"choices": ["p", "q", "r"]})
     with pytest.raises(RewardError, match=r"the label '4' is none of the options A, B, C, D nor of their texts\."):
         grade("answer: E", "4", CHOICES)

@@ -154,6 +154,15 @@ def test_close_ends_the_workers_and_a_grading_under_way() -> None:
     bystander.communicate(b"\n")
 
 
+@pytest.mark.parametrize(("cores", "workers", "second"), [(1, 1, 1), (9, 8, 2), (40, 16, 4)])
+def test_all_cores_but_one_grade_and_a_quarter_as_many_again(cores, workers, second, monkeypatch) -> None:
+    monkeypatch.setattr("qwench.rewards.pool.usable_cores", lambda: cores)
+    pool = RewardPool(RewardConfig(rm_type="math", second_grader="math-verify"))
+    assert pool._second is not None
+    assert [len(one._workers.processes) for one in (pool._algebra, pool._second._workers)] == [workers, second]
+    pool.close()
+
+
 def test_a_stopped_worker_starts_no_process() -> None:
     worker = WorkerProcess("qwench.rewards.algebra_worker", environment={})
     worker.stop()

@@ -116,9 +116,9 @@ def test_a_row_may_ask_the_server_while_others_do_not(serve):
 
 
 def test_a_request_that_fails_is_sent_again(serve, no_pauses):
-    server = serve((503, "busy"), (200, "not json"), (429, "slowly"), (200, "1"))
+    server = serve((503, "busy"), (200, "not json"), (429, "slowly"), (408, "late"), (200, "1"))
     assert graded(RewardConfig(rm_type="remote_rm", rm_url=server.url), sample()).score == 1.0
-    assert len(server.asked) == 4 and no_pauses == [0, 1, 2]
+    assert len(server.asked) == 5 and no_pauses == [0, 1, 2, 3]
 
 
 def test_after_ten_attempts_the_run_ends(serve, no_pauses):
@@ -132,6 +132,8 @@ def test_after_ten_attempts_the_run_ends(serve, no_pauses):
     ("answer", "message"),
     [
         ((422, "no such field"), r"asked 1 time: status 422: no such field"),
+        ((400, "x" * 300), rf"asked 1 time: status 400: {'x' * 200};"),
+        ((200, f'"{"x" * 300}"'), rf"got {'x' * 200}\."),
         ((200, '{"points": 1}'), r"must answer a finite number, or an object with one under 'score'"),
         ((200, '"good"'), r"got good"),
         ((200, "NaN"), r"got nan"),
@@ -144,13 +146,13 @@ def test_what_is_no_score_ends_the_run_at_once(serve, no_pauses, answer, message
     assert len(server.asked) == 1
 
 
-def test_no_more_than_the_bound_of_requests_is_under_way(monkeypatch):
-    monkeypatch.setattr(remote, "_REQUESTS_AT_ONCE", 3)
+def test_no_more_than_64_requests_are_under_way_of_two_minutes_each(monkeypatch):
     reward = remote.RemoteReward("http://127.0.0.1:1", key=None)
     running: list[int] = []
     most: list[int] = []
 
     async def post(body, timeout_s) -> float:
+        assert timeout_s == 120.0
         running.append(1)
         most.append(len(running))
         for _ in range(5):
@@ -161,10 +163,10 @@ def test_no_more_than_the_bound_of_requests_is_under_way(monkeypatch):
     monkeypatch.setattr(reward._server, "_post", post)
 
     async def grade_all():
-        return await asyncio.gather(*(reward.grade(sample()) for _ in range(10)))
+        return await asyncio.gather(*(reward.grade(sample()) for _ in range(70)))
 
-    assert [verdict.score for verdict in asyncio.run(grade_all())] == [1.0] * 10
-    assert max(most) == 3
+    assert [verdict.score for verdict in asyncio.run(grade_all())] == [1.0] * 70
+    assert max(most) == 64
 
 
 def test_pauses_double_up_to_half_a_minute():
@@ -192,9 +194,11 @@ def test_a_server_that_is_not_there_is_found_before_the_run():
 def test_the_port_that_is_tried_is_that_of_the_scheme_unless_the_url_names_one(monkeypatch, url, port):
     asked = []
     with socket.socket() as unconnected:
-        monkeypatch.setattr(socket, "create_connection", lambda address, timeout: (asked.append(address), unconnected)[1])
+        monkeypatch.setattr(
+            socket, "create_connection", lambda *target, timeout: (asked.append((*target, timeout)), unconnected)[1]
+        )
         check_reachable(url)
-    assert asked == [("grader", port)]
+    assert asked == [(("grader", port), 10.0)]
 
 
 def test_prompts_need_no_label_for_it():

@@ -170,6 +170,15 @@ def test_a_score_that_is_no_number_is_ungraded_whatever_was_said_before(number):
     assert str(verdict.extra["error"]).startswith("the judge said no score: ")
 
 
+def test_what_a_judge_says_without_a_score_is_shown_from_its_end_and_may_have_no_known_cost():
+    verdict = read_verdict({"choices": [{"message": {"content": "x" * 300 + "end"}}]}, scores=(0, 1))
+    assert verdict.extra == {
+        "error": f"the judge said no score: '{'x' * 197}end'", "judge_prompt_tokens": 0, "judge_completion_tokens": 0,
+    }  # fmt: skip
+    with pytest.raises(RewardError, match=rf"got {'y' * 200}; give the base URL"):
+        read_verdict("y" * 300, scores=(0, 1))
+
+
 def test_a_share_of_no_score_above_zero_is_ungraded():
     assert not read_verdict(said("Score: 1/2"), scores=(-1, 0)).graded
 
@@ -198,8 +207,10 @@ def test_the_judge_is_asked_again_and_its_cost_is_counted(monkeypatch):
         model.close()
     assert response.verdict.score == 0.5
     path, key, body = model.asked[-1]
-    assert (len(model.asked), path, key, body["model"]) == (2, "/v1/chat/completions", "Bearer k", "big")
-    assert "seven" in body["messages"][0]["content"] and "(none)" in body["messages"][0]["content"]
+    assert (len(model.asked), path, key) == (2, "/v1/chat/completions", "Bearer k")
+    question = body["messages"][0]["content"]
+    assert body == {"model": "big", "messages": [{"role": "user", "content": question}], "temperature": 0}
+    assert question == fill_template(read_template(reward), response) and "seven" in question and "(none)" in question
     metrics = sample_metrics([response, response])
     assert (metrics["judge/prompt_tokens"], metrics["judge/completion_tokens"]) == (22.0, 8.0)
 
