@@ -12,7 +12,7 @@ import torch
 
 from qwench.config.sections.distillation import DistillationConfig
 from qwench.engines.embedded.http.serving import ServerThread
-from qwench.engines.protocol import FinishReason, GenerateResult, Scores, Scoring
+from qwench.engines.protocol import FinishReason, GenerateResult, SamplingParams, Scores, Scoring
 from qwench.errors import ConfigError, EngineError
 from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.rollout import teacher as module
@@ -119,18 +119,26 @@ def test_nothing_is_asked_that_the_strategy_does_not_compare(strategy):
 
     class Scripted:
         def __init__(self, who: int) -> None:
-            self.who = who
+            self.who, self.closed = who, False
 
         async def generate(self, request):
+            assert request.sampling == SamplingParams(max_new_tokens=0, temperature=0.0)
+            assert self.who == 0 or request.request_id == f"teacher-{len(asked[1])}"
             return result_of(answer(self.who, request.scoring))
 
         async def abort(self, request_id=None): ...
 
+        async def close(self) -> None:
+            self.closed = True
+
     teachers = teachers_of(section(opd_log_prob_top_k=2, opd_top_k_strategy=strategy), {})
-    teachers._servers["default"] = Scripted(1)
+    teachers._servers["default"] = server = Scripted(1)
+    asyncio.run(teachers.teach(finished(0), Requests(Scripted(0))))
+    assert asked == [[], []], "there is no response to score"
     sample = finished(2)
     asyncio.run(teachers.teach(sample, Requests(Scripted(0))))
-    assert (asked[0], asked[1]) == ASKED[strategy]
+    asyncio.run(teachers.close())
+    assert (asked[0], asked[1], server.closed) == (*ASKED[strategy], True)
     assert sample.teacher_log_probs == [-1.0, -1.0] and len(sample.teacher_kl) == 2
 
 
@@ -182,7 +190,8 @@ def test_a_row_is_scored_by_the_teacher_that_it_names():
 
 
 def test_a_teacher_that_is_gone_ends_the_run_with_its_name(monkeypatch):
-    monkeypatch.setattr(module, "pause_s", lambda attempt: 0.0)
+    pauses: list[int] = []
+    monkeypatch.setattr(module, "pause_s", lambda attempt: pauses.append(attempt) or 0.0)
     monkeypatch.setattr("qwench.engines.client.CONNECT_BACKOFF_S", 0.0)
     teachers = teachers_of(section(), {"default": URL})
 
@@ -194,6 +203,7 @@ def test_a_teacher_that_is_gone_ends_the_run_with_its_name(monkeypatch):
 
     with pytest.raises(EngineError, match=r"teacher default .* cannot be reached .*asked 6 times"):
         asyncio.run(teach())
+    assert pauses == [0, 1, 2, 3, 4]
     with pytest.raises(ConfigError, match=r"the teacher default --rm-url http://127.0.0.1:1 cannot be reached"):
         teachers.check_reachable()
 
