@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 
@@ -35,7 +35,7 @@ def test_result_and_error_come_through(loop):
         loop.run(fail(), label="fail", timeout_s=patient(5))
 
 
-def test_missed_deadline_names_what_was_waited_for_and_cancels_it(loop):
+def test_missed_deadline_names_what_was_waited_for_and_cancels_it(loop, monkeypatch):
     events = []
 
     async def wait_for_ever():
@@ -45,8 +45,13 @@ def test_missed_deadline_names_what_was_waited_for_and_cancels_it(loop):
             events.append("cancelled")
             raise
 
-    with pytest.raises(EngineError, match=r"publish did not end within 0\.05 s"):
-        loop.run(wait_for_ever(), label="publish", timeout_s=0.05)
+    waits = []
+    monkeypatch.setattr(event_loop, "waiting", lambda label, describe: waits.append((label, describe())) or nullcontext())
+    monkeypatch.setattr(event_loop, "describe_silence", lambda silent: "b is silent")
+    with pytest.raises(EngineError, match=r"publish did not end within 0\.05 s \(a is late; b is silent\); see the"):
+        loop.run(wait_for_ever(), label="publish", timeout_s=0.05, describe=lambda: "a is late")
+    assert waits == [("publish", "a is late")]
+    monkeypatch.undo()
     loop.run(asyncio.sleep(0), label="turn", timeout_s=patient(5))
     assert events == ["cancelled"]
 
@@ -68,15 +73,22 @@ def test_close_cancels_what_runs_and_refuses_more():
             await asyncio.Event().wait()
         finally:
             events.append("ended")
+            raise ValueError("at its end")
+
+    async def numbers():
+        try:
+            yield 1
+        finally:
+            events.append("iterator ended")
 
     async def start():
-        events.append(asyncio.ensure_future(background()))
-        await asyncio.sleep(0)
+        events.append((asyncio.ensure_future(background()), iterator := numbers()))
+        await anext(iterator)
 
     thread.run(start(), label="start", timeout_s=patient(5))
     thread.close()
     thread.close()
-    assert events[1:] == ["ended"]
+    assert events[1:] == ["ended", "iterator ended"]
     refused = start()
     with pytest.raises(EngineError, match="start: the engines are closed already"):
         thread.run(refused, label="start", timeout_s=patient(5))
@@ -109,11 +121,20 @@ def test_waiting_for_work_ends_with_an_event_that_comes_first_and_goes_on_afterw
     async def release():
         released.set()
 
+    async def never():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.append("event")
+
+    cancelled = []
     with loop.under_way(wait_for_release(), label="wait", timeout_s=patient(20)) as work:
         assert not work.ends_before(asyncio.sleep(0))
         loop.run(release(), label="release", timeout_s=patient(5))
-        assert work.ends_before(asyncio.Event().wait())
+        assert work.ends_before(never())
         assert work.result() == "released"
+    loop.run(asyncio.sleep(0), label="turn", timeout_s=patient(5))
+    assert cancelled == ["event"]
 
 
 def test_work_is_cancelled_with_its_block_and_at_its_deadline(loop):

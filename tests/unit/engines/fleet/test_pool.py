@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import socket
 from contextlib import closing
-from dataclasses import replace
 
 import pytest
 
@@ -41,19 +39,6 @@ def test_requests_spread_evenly(pool):
     assert run(pool, scenario()) == ([15, 15, 15], 45)
 
 
-def test_engines_set_apart_serve_requests_of_low_priority_and_these_go_nowhere_else():
-    model = make_model("qwen3")
-    members = [Member(engine=make_engine(model)), Member(engine=make_engine(model), evaluates=True)]
-
-    async def scenario(pool):
-        requests = [ask(f"r{i}", prompt_of(4), seed=i, max_new_tokens=5, ignore_eos=True) for i in range(6)]
-        await asyncio.gather(*(pool.generate(replace(one, priority=-(i > 1))) for i, one in enumerate(requests)))
-        return [(await engine.stats()).generated_tokens for engine in pool.engines]
-
-    with closing(EnginePool(members, EventLoopThread())) as pool:
-        assert run(pool, scenario(pool)) == [10, 20]
-
-
 def test_abort_finds_the_engine_of_a_request(pool):
     async def scenario():
         running = [
@@ -71,24 +56,6 @@ def test_abort_finds_the_engine_of_a_request(pool):
     assert {other.finish_reason for other in others} == {FinishReason.ABORT}
 
 
-def test_open_requests_are_described_by_the_engine_that_owes_the_oldest(pool):
-    async def scenario():
-        running = [
-            asyncio.ensure_future(pool.generate(ask(f"r{i}", prompt_of(4), max_new_tokens=400, ignore_eos=True)))
-            for i in range(2)
-        ]
-        await asyncio.sleep(0)
-        described = pool.describe_requests()
-        await pool.abort()
-        await asyncio.gather(*running)
-        return described
-
-    assert pool.describe_requests() == "no request is open"
-    described = run(pool, scenario())
-    assert re.fullmatch(rf"2 open requests, the oldest \d+ s on {re.escape(repr(pool.engines[0]))}", described)
-    assert pool.describe_requests() == "no request is open"
-
-
 def test_a_wait_that_was_too_long_is_described():
     with (
         closing(EnginePool([FakeEngine(str)], EventLoopThread())) as pool,
@@ -103,22 +70,6 @@ def test_versions_are_confirmed(pool):
     run(pool, pool.engines[1].update_weights(weights, version=3))
     with pytest.raises(WeightSyncError, match="holds weight version 3; 0 was published"):
         run(pool, pool.check_versions(0))
-
-
-def test_an_abort_while_requests_are_held_ends_its_own_alone():
-    async def scenario(pool):
-        await pool._members.hold(True)
-        held = {name: asyncio.ensure_future(pool.generate(ask(name, [112]))) for name in ("a", "b", "c")}
-        await asyncio.sleep(0)
-        for name in ("a", "unknown"):
-            await pool.abort(name)
-        results = [await held["a"]]
-        await pool._members.hold(False)
-        results += [await held[name] for name in ("b", "c")]
-        return [result.finish_reason for result in results]
-
-    with closing(EnginePool([FakeEngine(lambda context, request: "ok"[len(context) - 1 :])], EventLoopThread())) as pool:
-        assert run(pool, scenario(pool)) == [FinishReason.ABORT, FinishReason.STOP, FinishReason.STOP]
 
 
 def test_flushing_reaches_every_engine(pool):
