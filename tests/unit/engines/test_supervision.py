@@ -210,7 +210,8 @@ def test_an_engine_that_is_lost_when_all_are_put_to_sleep_is_started_again_and_s
     assert scene.servers["a"].events == ["stop", "start"]
     assert scene.a.asleep and scene.b.asleep
     scene.pool.wake([MemoryTag.KV_CACHE])
-    assert scene.a.memory_events == scene.b.memory_events == ["sleep", "wake"]
+    scene.publisher.publish(version=1)
+    assert scene.a.memory_events == scene.b.memory_events == ["sleep", "wake"], "they stay awake"
 
 
 def test_an_engine_started_again_while_the_others_sleep_is_put_to_sleep_before_weights_come(make_scene):

@@ -266,7 +266,7 @@ def test_held_requests_wait_and_an_abort_ends_its_own_alone(monkeypatch):
 
 def test_requests_of_low_priority_go_to_engines_set_apart(monkeypatch):
     scene = Scene(monkeypatch)
-    [*scene.members][0].evaluates = True
+    next(iter(scene.members)).evaluates = True
     for priority in (-1, 0):
         asyncio.run(scene.dispatcher.generate(request(priority=priority)))
     assert [name for name, *_ in scene.noted] == ["a", "b"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ from qwench.engines.fleet.members import Member
 from qwench.engines.fleet.pool import EnginePool, EngineRestartedError
 from qwench.engines.protocol import FinishReason, MemoryTag
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
+from qwench.observability import processes
 from tests.contract.engine_hosts import ask, make_engine, make_model, prompt_of
 from tests.deadlines import patient
 from tests.fakes.engine import FakeEngine
@@ -92,7 +94,7 @@ class Process:
     base_url, generate_timeout_s = "http://router", 0.1
 
     def __init__(self, label, *, runs):
-        self.label, self.runs = label, runs
+        self.label, self.runs, self.added = label, runs, []
 
     def is_running(self):
         return self.runs
@@ -100,9 +102,15 @@ class Process:
     def last_output(self):
         return f"the end of {self.label}'s log"
 
+    def stacks(self):
+        return f"stacks of {self.label}"
+
     def stop(self): ...
 
-    async def add(self, url): ...
+    async def check(self): ...
+
+    async def add(self, url):
+        self.added.append(url)
 
     async def close(self): ...
 
@@ -138,6 +146,43 @@ def test_a_request_through_the_router_ends_at_its_deadline():
             pytest.raises(EngineLostError, match=r"router \(.*\) did not answer /generate within 0\.1 s"),
         ):
             run(pool, pool.generate(ask("r", [5])))
+
+
+def test_what_a_pool_waits_for_is_watched_as_long_as_it_lives():
+    before = list(processes._processes)
+    others, own, router = FakeEngine(str), FakeEngine(str), Process("router", runs=True)
+    members = [Member(engine=own, server=Process("a", runs=True), url="url"), Member(engine=others, url="there")]
+    pool = EnginePool([*members, FakeEngine(str)], EventLoopThread(), router=router)
+    watched = [one for one in processes._processes if one not in before]
+    assert [(one.label, one.stacks()) for one in watched] == [
+        ("the engines' event loop", "(a thread of the driver)"), ("router", "(it is not Python)"),
+        ("a (url)", "stacks of a"), (repr(others), "(not started by this run)"),
+    ]  # fmt: skip
+    for one in watched:
+        one.silent_s()
+        assert one._answer.exception(patient(5)) is None, "each can be asked on the loop"
+    pool.close()
+    assert processes._processes == before
+
+
+def test_only_engines_that_do_not_evaluate_are_behind_the_router_and_requests_name_the_published_adapter():
+    router, engines = Process("router", runs=True), [FakeEngine(lambda context, request: request.adapter) for _ in range(2)]
+    members = [Member(engine=engines[0], url="a"), Member(engine=engines[1], url="b", evaluates=True)]
+    with closing(EnginePool(members, EventLoopThread(), router=router)) as pool:
+        assert (router.added, pool.num_restarts, pool.describe_requests()) == (["a"], 0, "no request is open")
+        for engine in engines:
+            engine.version = 4
+        with pool.receiving(4, adapter="new"):
+            pass
+        assert run(pool, pool.generate(replace(ask("r", [5]), priority=-1))).text == "new"
+        assert router.added == ["a"]
+
+
+def test_requests_are_sent_again_after_a_publication_that_failed():
+    with closing(EnginePool([FakeEngine(lambda context, request: "")], EventLoopThread())) as pool:
+        with pytest.raises(KeyError), pool.holding(retract=False):
+            raise KeyError
+        run(pool, pool.generate(ask("r", [5])))
 
 
 class LostOnce(FakeEngine):
