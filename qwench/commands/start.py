@@ -12,6 +12,7 @@ from rich.text import Text
 
 from qwench.cluster.child import describe_end
 from qwench.config.advice import plan_warnings, warnings
+from qwench.config.command_line.compat import EMBEDDED_ALIASES
 from qwench.config.command_line.parse import Declared
 from qwench.config.config import Config
 from qwench.config.config_text import PARSER_SETTINGS, as_typed, settings_by_section
@@ -134,12 +135,18 @@ def _show(config: Config, plan: RunPlan) -> None:
     fp8 = samples_in_fp8(config)
     console = StandardOutput(soft_wrap=True)
     console.print("settings that differ from their defaults (--help-all lists the others)")
+    # A flag of SGLang that has a twin sets that too, before the engine is chosen.
+    twins = set[str]() if config.engine.facts.reads_embedded_flags else {f"--{name}" for name in EMBEDDED_ALIASES.values()}
+    hidden = PARSER_SETTINGS | twins
     for section, settings in settings_by_section(config).items():
-        changed = [setting for setting in settings if not setting.is_default and setting.flag not in PARSER_SETTINGS]
+        changed = [setting for setting in settings if not setting.is_default and setting.flag not in hidden]
         if changed:
             console.print(Text(section, style="bold"))
         for setting in changed:
             console.print(Text(f"  {as_typed(setting)}"))
+    if replaced := config.foreign.overridden_flags:
+        before = ", ".join(f"--{value}" for value in replaced)
+        console.print(Text(f"given before with another value, which the last one replaces: {before}"))
     console.print(Text("plan", style="bold"))
     for line in plan_lines(config, plan):
         console.print(Text(f"  {line}"))

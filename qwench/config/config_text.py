@@ -24,7 +24,7 @@ _CREDENTIALS = re.compile(r"//[^/@\s]+@")
 _HIDDEN = "(not shown)"
 _PASSED_THROUGH = {"sglang_args": "sglang-", "router_args": "router-", "declared_args": ""}
 """Field of words that are passed on -> how their flags begin."""
-PARSER_SETTINGS = frozenset({"--engine-reason", "--unused-flags"})
+PARSER_SETTINGS = frozenset({"--engine-reason", "--unused-flags", "--overridden-flags"})
 """What the parser adds; no flag of a user, so neither a dry run shows it nor a checkpoint keeps it."""
 _NOT_KEPT = PARSER_SETTINGS | {f"--{name}" for name in _SECRET_FLAGS}
 

@@ -55,7 +55,7 @@ def test_a_function_of_theirs_that_means_the_built_in_is_said(flag: str, path: s
     assert (config.algorithm.custom_tis_function_path, config.data.data_source_path) == (None, None)
     assert config.foreign.unused_flags == (f"{flag[2:]} {path} (the built-in is used)",)
     own = parse_flags(Config, ["--use-tis", flag, path, flag, "mylab.mine"], prog="train.py")
-    assert own.foreign.unused_flags == (f"{flag[2:]} {path} (a later {flag} counts)",)
+    assert own.foreign.overridden_flags == (f"{flag[2:]} {path}",) and own.foreign.unused_flags == ()
 
 
 def test_their_function_of_icepop_is_a_mode_of_ours_and_their_class_the_continuous_rollout():

@@ -62,6 +62,7 @@ class Given:
     declared: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Flags that the user's functions declare."""
     unused: list[str] = field(default_factory=list)
+    overridden: list[str] = field(default_factory=list)
     """Names of accepted flags that have no effect here; with the value where another value would have one."""
 
 
@@ -189,14 +190,14 @@ def sort_flags(
 
 
 def overridden(occurrences: Iterable[Occurrence], table: Mapping[str, Flag]) -> list[str]:
-    """Return the flags of the command line that the same flag with another value overrides, each with its lost value."""
+    """Return each value of the command line that a later one of the same flag replaces, as `lr 1e-6`."""
     said = list[tuple[str, str]]()
     for item in map(_in_our_words, occurrences):
         if not item.origin:
             flag, values = _find_flag(item, table)
             said.append((item.name if flag is None else flag.name, " ".join(values)))
     last = dict(said)
-    return [f"{name} {value} (a later --{name} counts)" for name, value in dict.fromkeys(said) if value != last[name]]
+    return [f"{name} {value}" for name, value in dict.fromkeys(said) if value != last[name]]
 
 
 def _in_our_words(item: Occurrence) -> Occurrence:

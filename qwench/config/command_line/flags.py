@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 from qwench.config.values import parse_value, takes_many
 
-NOT_FLAGS = frozenset({"sglang_args", "router_args", "declared_args", "unused_flags", "engine_reason"})
+NOT_FLAGS = frozenset({"sglang_args", "router_args", "declared_args", "unused_flags", "overridden_flags", "engine_reason"})
 """Fields that collect other flags, or say why one was chosen. They have no flag."""
 
 

@@ -29,7 +29,7 @@ where they have the flag.
 
 - `--max-tokens-per-gpu 9216`, `--max_tokens_per_gpu 9216` and `--max-tokens-per-gpu=9216` are the same.
 - Switches: `--colocate` and `--no-colocate`.
-- A flag given twice: the last one wins, and the run says which value has no effect.
+- A flag given twice: the last one wins, and `--dry-run` lists the values that it replaces.
 - `--config FILE.yaml` reads flags from a mapping (`max_tokens_per_gpu: 9216`, `colocate: true`); the command line wins over it.
 - JSON: `--train-env-vars '{"NAME": "value"}'`.
 - `--dry-run` prints what a command line amounts to, checks everything that a start checks, and ends.

@@ -127,7 +127,7 @@ def parse_flags(
         occurrences = with_roles(occurrences)
     occurrences += custom_settings(occurrences, table)
     given = sort_flags(occurrences, table, prog=prog, declared=cache(lambda: _declared(occurrences, ask).names))
-    given.unused.extend(overridden(said, table))
+    given.overridden.extend(overridden(said, table))
     _check_required(given, table, prog=prog)
     config = _fill(config_type, given)
     if not isinstance(config, Config):
@@ -183,6 +183,7 @@ def _fill(config_type: type[ConfigT], given: Given) -> ConfigT:
         "router_args": _passed(given.router),
         "declared_args": _passed(given.declared),
         "unused_flags": tuple(given.unused),
+        "overridden_flags": tuple(given.overridden),
     }
     for item in fields(config_type):  # type: ignore[arg-type]  # config_type is a dataclass; TypeVars cannot say so
         if is_dataclass(hints[item.name]):

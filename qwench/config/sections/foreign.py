@@ -38,6 +38,8 @@ class ForeignConfig:
     """Flags, with their values, that a rollout or generate function declares by its add_arguments(parser)."""
     unused_flags: tuple[str, ...] = ()
     """Given flags that have an effect in slime, miles or Megatron and none here, as the warning names them."""
+    overridden_flags: tuple[str, ...] = ()
+    """Flags of the command line, with values that a later one of the same name replaced."""
 
     def __post_init__(self) -> None:
         for item in fields(self):

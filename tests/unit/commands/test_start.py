@@ -20,6 +20,7 @@ from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.debug import DebugConfig
+from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.foreign import ForeignConfig
 from qwench.config.sections.model import ModelConfig
@@ -173,7 +174,8 @@ def test_a_dry_run_shows_what_was_given_and_the_plan(tmp_path: Path, capsys: pyt
         rollout=rollout,
         data=DataConfig(prompt_data="a.jsonl"),
         model=ModelConfig(hf_checkpoint=tmp_path),
-        foreign=ForeignConfig(unused_flags=("colors",)),
+        foreign=ForeignConfig(unused_flags=("colors",), overridden_flags=("lr 1e-6", "num-rollout 9")),
+        engine=EngineConfig(rollout_engine="sglang", sglang_args=("--page-size", "4"), embedded_page_size=4),
     )
     for on_gpus, dtype in ((True, "bfloat16"), (False, "float32")):
         start._show(config, plan_run(config, QWEN3_4B, on_gpus=on_gpus))
@@ -188,6 +190,10 @@ def test_a_dry_run_shows_what_was_given_and_the_plan(tmp_path: Path, capsys: pyt
             "rollout",
             "  --num-rollout 2",
             "  --rollout-batch-size 8",
+            "engine",
+            "  --rollout-engine sglang",
+            "  --sglang-page-size 4",
+            "given before with another value, which the last one replaces: --lr 1e-6, --num-rollout 9",
         ]
         assert lines[plan + 1].startswith("  rollout_batch_size 8 x ")
         # 4,022,468,096 parameters of 2 or 4 bytes
