@@ -1,5 +1,7 @@
 """What does not fit a GPU is refused before it starts."""
 
+from dataclasses import replace
+
 import pytest
 
 from qwench.config.command_line.parse import parse_flags
@@ -69,15 +71,32 @@ def test_an_engine_that_does_not_fit_is_refused_with_what_to_do():
         "an engine of 1 GPU holds 7.49 GiB of weights on each, more than --sglang-mem-fraction-static 0.5 of 14 GiB; "
         "raise --rollout-num-gpus-per-engine"
     )
-    check_fit(small, plan, device_bytes=16 * GIB)
+    check_fit(small, plan, device_bytes=4 * WEIGHTS_4B)
+    with pytest.raises(ConfigError, match="an engine of 1 GPU"):
+        check_fit(small, plan, device_bytes=4 * WEIGHTS_4B - 1)
+    mixed = replace(plan, devices=replace(plan.devices, engine_sizes=(2, 1)))
+    with pytest.raises(ConfigError, match=r"an engine of 1 GPU holds 7\.49 GiB"):
+        check_fit(small, mixed, device_bytes=14 * GIB)
     check_fit(small, plan, device_bytes=14 * GIB, fp8=True)
     embedded = read("--rollout-engine", "embedded")
     with pytest.raises(ConfigError, match=r"--embedded-mem-fraction 0\.8 of 8 GiB; raise --rollout-num-gpus-per-engine"):
         check_fit(embedded, plan_run(embedded, QWEN3_4B), device_bytes=8 * GIB)
 
 
+def test_sglangs_own_share_is_nine_tenths_at_most():
+    config = read("--sglang-page-size", "1")
+    plan = plan_run(config, QWEN3_4B)
+    check_fit(config, plan, device_bytes=20 * WEIGHTS_4B // 9 + 1)
+    with pytest.raises(ConfigError, match=r"--sglang-mem-fraction-static 0\.9 of"):
+        check_fit(config, plan, device_bytes=20 * WEIGHTS_4B // 9 - 1)
+
+
 def test_a_trainer_that_does_not_fit_is_refused():
     config = read("--rollout-num-gpus-per-engine", "8")
+    exact = plan_run(config, QWEN3_4B)
+    check_fit(config, exact, device_bytes=exact.rank_bytes.device)
+    only = replace(exact, devices=replace(exact.devices, trains=False))
+    check_fit(config, only, device_bytes=4 * GIB)
     with pytest.raises(ConfigError, match=r"each trainer rank holds .* more than the 4 GiB of its GPU"):
         check_fit(config, plan_run(config, QWEN3_4B), device_bytes=4 * GIB)
     critic = read("--advantage-estimator", "ppo", "--critic-num-gpus-per-node", "1", "--rollout-num-gpus-per-engine", "8")
