@@ -43,6 +43,14 @@ def test_log_prob_over_the_kept_tokens_by_hand():
     assert entropy.tolist() == pytest.approx([-(3 / 7 * math.log(3 / 7) + 4 / 7 * math.log(4 / 7))])
 
 
+def test_a_rank_cuts_off_what_was_not_kept_of_its_share_of_the_vocabulary():
+    for first, kept in ((0, [[0, 3], []]), (4, [[], [1]]), (8, [[], []])):
+        logits = torch.zeros(2, 4)
+        support_of([[5], [0, 3], [5]]).restrict(logits, 1, first=first)
+        assert [row.nonzero().flatten().tolist() for row in logits == 0.0] == kept
+        assert logits.min() == -1e30
+
+
 @pytest.mark.parametrize("kept_bytes", [0, 1000])
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 3, 9])
 def test_any_chunking_equals_a_softmax_over_the_kept_tokens_with_gradients(chunk_tokens, kept_bytes):

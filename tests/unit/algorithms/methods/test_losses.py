@@ -222,6 +222,7 @@ def test_metrics_are_those_the_flags_ask_for():
     assert names(use_kl_loss=True) == always | {"kl_loss"}
     assert names(use_opsm=True) == always | {"opsm_clipfrac"}
     assert names(use_rs=True) == always | {"rs_fraction"}
+    assert names(use_rs=True, rs_veto_threshold=0.9) == always | {"rs_fraction", "rs_veto_fraction"}
     assert names(use_tis=True) == always | {"tis", "tis_clipfrac", "tis_abs", "ois", "ess_ratio"}
 
 

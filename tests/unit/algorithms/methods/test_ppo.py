@@ -140,4 +140,6 @@ def test_the_value_loss_is_a_weighted_sum_over_trained_tokens():
     result = method.value_loss(values, None, packed)
     # Squared errors 0.64 (clipped), 0.81, 0.64 (clipped: the value is right, its clipped one is not), 1.
     assert float(result.loss.detach()) == pytest.approx(0.064 + 0.162 + 0.192 + 0.4)
-    assert float(result.metrics["value_clipfrac"]) == pytest.approx(0.1 + 0.3)
+    assert {name: float(value) for name, value in result.metrics.items()} == {
+        "value_clipfrac": pytest.approx(0.1 + 0.3), "value_loss": pytest.approx(0.064 + 0.162 + 0.192 + 0.4),
+    }  # fmt: skip

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -84,12 +85,13 @@ def test_whitening_on_request():
 
 def test_reinforce_plus_plus_discounts_reward_and_token_kl_before_whitening():
     config = AlgorithmConfig(
-        advantage_estimator="reinforce_plus_plus", normalize_advantages=True, kl_coef=0.5, gamma=0.5, kl_loss_type="k1"
+        advantage_estimator="reinforce_plus_plus", normalize_advantages=True, kl_coef=0.5, gamma=0.25, kl_loss_type="k1"
     )
-    batch = _batch([1.0], old_log_probs=[torch.tensor([-1.0, -2.0])], ref_log_probs=[torch.tensor([-2.0, -1.0])])
-    # KL 1, -1: token rewards -0.5, 0.5 + 1; returns 0.25, 1.5; whitened: -+ 1 / sqrt(2).
-    got = _advantages(batch, config)[0].tolist()
-    assert got == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)], rel=1e-6)
+    columns = {"old_log_probs": [torch.tensor([-1.0, -2.0, -3.0])], "ref_log_probs": [torch.tensor([-2.0, -1.0, -3.0])]}
+    # KL 1, -1, 0: token rewards -0.5, 0.5, 1; returns -0.5 + 0.75 / 4, 0.5 + 1 / 4, 1.
+    returns = [-0.3125, 0.75, 1.0]
+    got = _advantages(_batch([1.0], response_lengths=[3], **columns), config)[0].tolist()
+    assert got == pytest.approx([(one - mean(returns)) / stdev(returns) for one in returns], rel=1e-5)
 
 
 def test_baseline_takes_the_engines_log_probs_as_the_old_policys_when_told_to():

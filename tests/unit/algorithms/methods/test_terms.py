@@ -118,6 +118,14 @@ def test_the_bounds_of_masked_importance_weights_are_measured():
         assert (float(made.loss), metrics["tis_low_fraction"], metrics["tis_high_fraction"]) == (losses, 0.5, 0.5)
 
 
+@pytest.mark.parametrize("bounds", [{"tis_lower_bound": 1.0, "tis_clip": 2.0}, {"tis_lower_bound": 0.5, "tis_clip": 1.0}])
+def test_a_ratio_at_a_bound_is_within_it(bounds):
+    flags = {"use_tis": True, "tis_mode": "mask", "use_rs": True, **bounds}
+    made = build_method(AlgorithmConfig(**flags)).loss(NEW, None, step_of(rollout_log_probs=[[-1.0, 0.0, -2.0]]))
+    metrics = values_of(made.metrics)
+    assert [metrics[name] for name in ("tis_low_fraction", "tis_high_fraction", "rs_fraction")] == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("flags", "rest", "num_steps", "needs"),
     [
