@@ -66,10 +66,11 @@ def test_a_field_of_one_method_is_an_option_of_no_other():
     named = {item.name for item in fields(AlgorithmConfig) if item.name.startswith(tuple(own))}
     assert {name: set(facts.options) & named for name, facts in METHODS.items() if set(facts.options) & named} == own
     assert {option: owners_of(option) for option in named} == {option: [name] for name in own for option in own[name]}
+    assert {option: owners_of(option) for option in ("lambd", "value_clip")} == {"lambd": ["ppo"], "value_clip": ["ppo"]}
 
 
 def test_loss_type_and_estimator_choose_the_method():
-    assert method_name("policy_loss", "cispo") == "cispo"
+    assert [method_name(loss_type, "cispo") for loss_type in ("policy_loss", "custom_loss")] == ["cispo", "cispo"]
     assert method_name("sft_loss", "cispo") == "sft"
     with pytest.raises(
         ConfigError, match=r"--loss-type 'no_loss' cannot be trained; known: policy_loss, sft_loss, custom_loss\.$"
@@ -78,8 +79,13 @@ def test_loss_type_and_estimator_choose_the_method():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="unknown --advantage-estimator 'grp0'; known: grpo, gspo, cispo"):
-        check_estimator("grp0")
+    known = (
+        "grpo, gspo, cispo, reinforce_plus_plus, reinforce_plus_plus_baseline, rloo, dr_grpo, sapo, gmpo, gpg, clip_cov, kl_cov, "
+        "dppo_tv, dppo_kl, maxrl, passk, gdpo, ppo"
+    )
+    for loss_type in ("policy_loss", "custom_loss"):
+        with pytest.raises(ConfigError, match=rf"unknown --advantage-estimator 'grp0'; known: {known}\.$"):
+            method_name(loss_type, "grp0")
 
 
 def test_sft_is_no_estimator():
