@@ -80,8 +80,8 @@ def test_loss_type_and_estimator_choose_the_method():
 
 def test_an_unknown_name_lists_the_known_ones():
     known = (
-        "grpo, gspo, cispo, reinforce_plus_plus, reinforce_plus_plus_baseline, rloo, dr_grpo, sapo, gmpo, gpg, clip_cov, kl_cov, "
-        "dppo_tv, dppo_kl, maxrl, passk, gdpo, ppo"
+        "grpo, gspo, cispo, reinforce_plus_plus, reinforce_plus_plus_baseline, rloo, dr_grpo, sapo, gmpo, gpg, clip_cov, "
+        "kl_cov, dppo_tv, dppo_kl, maxrl, passk, gdpo, ppo"
     )
     for loss_type in ("policy_loss", "custom_loss"):
         with pytest.raises(ConfigError, match=rf"unknown --advantage-estimator 'grp0'; known: {known}\.$"):

@@ -192,6 +192,8 @@ def test_what_others_have_in_a_folder_is_neither_ours_nor_the_output_of_this_pro
         (errno.ENOSPC, "Make room there; then the same command goes on"),
         (errno.EDQUOT, "Make room there; then the same command goes on"),
         (errno.EROFS, "Make room there; then the same command goes on"),
+        (errno.EFBIG, "Make room there; then the same command goes on"),
+        (errno.EIO, "Make room there; then the same command goes on"),
         (errno.EACCES, "Make it writable"),
     ],
 )
@@ -274,12 +276,12 @@ def test_a_template_makes_no_name_that_no_file_can_have():
         fill_rollout_id(longest, 10, flag="--save-hf")
 
 
-def test_a_small_file_is_read_and_a_large_one_refused(tmp_path, monkeypatch):
+def test_a_small_file_is_read_and_a_large_one_refused(tmp_path):
     (tmp_path / "a").write_text("caf\u00e9", encoding="utf-8")
     assert read_small_text(tmp_path / "a") == "caf\u00e9"
-    monkeypatch.setattr(files, "_MAX_TEXT_BYTES", 2**20)
-    (tmp_path / "b").write_bytes(b"x" * 2**20)
-    assert len(read_small_text(tmp_path / "b")) == 2**20
-    (tmp_path / "b").write_bytes(b"x" * (2**20 + 1))
-    with pytest.raises(OSError, match="it has more than 1 MiB"):
+    (tmp_path / "b").touch()
+    os.truncate(tmp_path / "b", 64 * 2**20)
+    assert len(read_small_text(tmp_path / "b")) == 64 * 2**20
+    os.truncate(tmp_path / "b", 64 * 2**20 + 1)
+    with pytest.raises(OSError, match="it has more than 64 MiB"):
         read_small_text(tmp_path / "b")
