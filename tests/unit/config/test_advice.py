@@ -1,10 +1,20 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from qwench.config.advice import plan_warnings, warnings
 from qwench.config.command_line.parse import parse_run
+from qwench.config.config import Config
 from qwench.config.plan import plan_run
+from qwench.config.sections.data import DataConfig
+from qwench.config.sections.debug import DebugConfig
+from qwench.config.sections.distillation import DistillationConfig
+from qwench.config.sections.evaluation import EvalConfig
+from qwench.config.sections.parallel import ParallelConfig
+from qwench.config.sections.reward import RewardConfig
+from qwench.config.sections.rollout import RolloutConfig
+from qwench.config.sections.training import TrainingConfig
 from tests.unit.config.architectures import QWEN3_4B
 from tests.unit.config.words import flat, words_of
 
@@ -127,6 +137,40 @@ def test_what_is_perhaps_not_meant_is_warned_about(files, extra, begin):
     assert shown[0].startswith(begin)
 
 
+@pytest.mark.parametrize(
+    ("rollout", "max_prompt_len", "tokens", "longest"),
+    [
+        ({}, None, 7, 16), ({}, None, 8, None), ({}, 4, 9, 20), ({}, 4, 10, None),
+        ({"rollout_max_context_len": 30}, 4, 14, 30), ({"rollout_max_context_len": 30}, 4, 15, None),
+    ],
+)  # fmt: skip
+def test_the_longest_sample_is_compared_with_the_tokens_of_all_context_parallel_ranks(rollout, max_prompt_len, tokens, longest):
+    config = Config(
+        rollout=RolloutConfig(n_samples_per_prompt=2, rollout_max_response_len=16, **rollout),
+        data=DataConfig(rollout_max_prompt_len=max_prompt_len),
+        training=TrainingConfig(use_dynamic_batch_size=True, max_tokens_per_gpu=tokens),
+        parallel=ParallelConfig(context_parallel_size=2),
+    )
+    said = f"--max-tokens-per-gpu ({tokens}) is smaller than the longest sample ({longest} tokens); such a sample makes a "
+    assert [warning[: len(said)] for warning in warnings(config)] == ([] if longest is None else [said])
+
+
+def test_a_file_of_evaluation_sets_is_named_where_nothing_is_evaluated():
+    rollout = RolloutConfig(n_samples_per_prompt=2)
+    config = Config(rollout=rollout, evaluation=EvalConfig(eval_config=Path("s")), debug=DebugConfig(debug_rollout_only=True))
+    assert [warning.partition(":")[0] for warning in warnings(config)] == ["--eval-config has no effect here"]
+
+
+@pytest.mark.parametrize("reward", [{"rm_type": "remote_rm"}, {"custom_rm_path": "a.b"}])
+def test_the_address_of_a_remote_reward_is_read_beside_those_of_teachers(reward):
+    config = Config(
+        rollout=RolloutConfig(n_samples_per_prompt=2),
+        distillation=DistillationConfig(use_opd=True, opd_type="sglang", opd_teacher_urls=("default=http://b",)),
+        reward=RewardConfig(rm_url="http://a", **reward),
+    )
+    assert list(warnings(config)) == []
+
+
 def test_fine_tuning_and_evaluation_are_not_warned_about_groups_of_one(files):
     words = words_of(files)
     del words["--n-samples-per-prompt"]
@@ -174,10 +218,13 @@ def test_what_is_meant_is_not_warned_about(files):
         (["--actor-num-gpus-per-node", "8", "--launcher", "ray"], False, []),
         (["--fully-async"], False, []),
         (["--fully-async", "--colocate", "--launcher", "ray"], False, []),
-        (
-            ["--fully-async", "--colocate"],
-            False,
-            ["--colocate has no effect here: PyTorch sees no GPU. On GPUs the run is refused, as --fully-async excludes it"],
+        *(
+            (
+                [*flag.split(), "--colocate"],
+                False,
+                [f"--colocate has no effect here: PyTorch sees no GPU. On GPUs the run is refused, as {flag} excludes it"],
+            )
+            for flag in ("--fully-async", "--rollouts-ahead 1")
         ),
     ],
 )

@@ -1,8 +1,9 @@
 import pytest
 
 from qwench.config.config import Config
-from qwench.config.eval_sets import EvalSettings
+from qwench.config.eval_sets import EvalSettings, eval_settings
 from qwench.config.plan import plan_run
+from qwench.config.sections.data import DataConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError
@@ -57,6 +58,32 @@ def test_a_value_of_the_set_wins_over_the_defaults_and_those_over_the_flags(writ
         "aime": (("</s>",), (7, 8)),
         "gsm8k": (("</s>",), ()),
     }
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_flag_of_evaluations_wins_over_that_of_rollouts(own):
+    of_rollouts = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_new_tokens": 1, "max_response_len": 30}
+    of_evaluations = {"temperature": 0.0, "top_p": 0.5, "top_k": 6, "min_new_tokens": 0, "max_response_len": 40}
+    keys, of_data = {"input_key": "i", "label_key": "l", "tool_key": "t"}, {"input_key": "j", "label_key": "m", "tool_key": "u"}
+    rollout = {
+        f"rollout_{name}": value for name, value in (of_rollouts | {"max_context_len": 50, "stop_token_ids": (3,)}).items()
+    }
+    given = of_evaluations | {"max_context_len": 60, "max_prompt_len": 9} | keys if own else {}
+    (one,) = eval_settings(
+        EvalConfig(eval_prompt_data=("a", "a.jsonl"), **{f"eval_{name}": value for name, value in given.items()}),
+        RolloutConfig(**rollout, rollout_stop=("x",)),
+        DataConfig(**of_data, metadata_key="k"),
+    )
+    expected = given if own else of_rollouts | {"max_context_len": 50, "max_prompt_len": None} | of_data
+    always = {"n_samples_per_eval_prompt": 1, "stop": ("x",), "stop_token_ids": (3,), "metadata_key": "k"}
+    assert one == EvalSettings(name="a", path="a.jsonl", **expected, **always)
+
+
+def test_further_keys_are_those_of_an_evaluation_function(write):
+    path = write("eval: {judge: strict, datasets: [{name: a, path: x}]}")
+    assert list(settings_of(path, eval_function_path="mine.evaluate")) == ["a"]
+    with pytest.raises(ConfigError, match="eval has the unknown key 'judge'; known: defaults, datasets"):
+        settings_of(path)
 
 
 def test_the_reward_of_a_set_becomes_metadata_of_its_rows(write):
