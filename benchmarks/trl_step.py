@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from datasets.table import InMemoryTable
 from step import PROMPT_TOKENS, SAMPLES
 from train import make_model
 from transformers import TrainerCallback
@@ -74,7 +75,8 @@ def main() -> None:
         trainer = GRPOTrainer(
             model=folder,
             reward_funcs=random_reward,
-            train_dataset=Dataset.from_list(rows * given.rollouts),
+            # datasets 5.2 cannot pickle a table of pyarrow 26 to derive the fingerprint
+            train_dataset=Dataset(InMemoryTable.from_pylist(rows * given.rollouts), fingerprint="prompts"),
             callbacks=[clock],
             args=GRPOConfig(
                 output_dir=f"{folder}/out", per_device_train_batch_size=given.per_device, num_generations=SAMPLES,
