@@ -20,6 +20,7 @@ from transformers import Qwen3Config
 from qwench.checkpoints.convert import Conversion, Converted, Converter, Ranks
 from qwench.checkpoints.folders import MARKER
 from qwench.checkpoints.formats import targets
+from qwench.checkpoints.formats.dcp_reader import read_metadata
 from qwench.checkpoints.formats.fp8 import QuantizedSource
 from qwench.checkpoints.formats.sources import Format, WeightSource, open_optimizer_state, open_weights
 from qwench.checkpoints.formats.targets import WEIGHTS, FsdpTarget, HfTarget, Job, Stream, share
@@ -178,6 +179,11 @@ def test_optimizer_and_run_go_along(tmp_path: Path) -> None:
         assert (tmp_path / name / "iter_0000020" / "rng.pt").read_bytes() == b"generators" and manifest["has_optimizer"]
         assert (tmp_path / name / "latest_checkpointed_iteration.txt").read_text() == "20\n"
         assert (tmp_path / name / MARKER).is_file()
+    back = tmp_path / "back" / "iter_0000020"
+    for part in ("model", "optimizer", "lr_scheduler"):
+        metadata = read_metadata(back / part / ".metadata")
+        assert metadata.planner_data == {key: (key,) for key in metadata.state_dict_metadata}, "keys are no paths"
+    assert not read_metadata(tmp_path / "megatron" / "iter_0000020" / ".metadata").planner_data
     # What is computed with are the masters' roundings.
     weights = open_weights(tmp_path / "megatron", architecture_of(config))
     assert torch.equal(weights.read("model.norm.weight"), before.masters.read("model.norm.weight").bfloat16())
@@ -271,6 +277,14 @@ def test_other_bits_on_the_disk_are_noticed_and_nothing_is_left(tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"with other bits|cannot be read"):
         Converter(conversion).run(Ranks(gather=damage), lambda nbytes: None)
     assert damaged and not (tmp_path / "out").exists() and not (tmp_path / "out.writing").exists()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shares"), [([4, 1, 1, 2], ["0", "123"]), ([2, 2], ["0", "1"]), ([1, 1, 1, 1, 4], ["0123", "4"]), ([], ["", ""])]
+)
+def test_ranks_share_bytes_in_order(sizes: list[int], shares: list[str]) -> None:
+    jobs = [SimpleNamespace(unit=unit, nbytes=size) for unit, size in enumerate(sizes)]
+    assert ["".join(str(job.unit) for job in share(jobs, rank, 2)) for rank in (0, 1)] == shares
 
 
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=20), num_ranks=st.integers(1, 6))
