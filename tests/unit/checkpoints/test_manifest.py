@@ -1,10 +1,13 @@
 """What meta.json notices: files that are missing or are not as they were written."""
 
+import json
+import zlib
 from pathlib import Path
 
 import pytest
 
-from qwench.checkpoints.manifest import read_manifest, write_manifest
+from qwench import __version__
+from qwench.checkpoints.manifest import amend_manifest, note_checksums, read_manifest, write_manifest
 from qwench.errors import CheckpointError
 
 
@@ -71,3 +74,22 @@ def test_a_manifest_that_cannot_be_read_is_refused(tmp_path: Path, text: str | N
         (tmp_path / "meta.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):
         read_manifest(tmp_path)
+
+
+def test_a_manifest_is_written_for_people_too_and_keeps_what_is_not_changed(tmp_path: Path):
+    _folder(tmp_path, 3)
+    (tmp_path / "empty").mkdir()
+    for facts in ({"iteration": 3}, {"iteration": 3, "ended_by": "loss<=1"}):
+        text = (tmp_path / "meta.json").read_text()
+        content = json.loads(text)
+        assert text == json.dumps(content, indent=1) + "\n"
+        assert content.pop("crc32") == zlib.crc32(json.dumps(content, sort_keys=True).encode())
+        files = {"model/shard": {"size": 3, "crc32": zlib.crc32(bytes(3))}}
+        assert content == {"qwench_version": __version__, **facts, "files": files}
+        amend_manifest(tmp_path, {"ended_by": "loss<=1"})
+
+
+def test_ranks_note_the_files_that_are_there(tmp_path: Path):
+    (tmp_path / "a").write_bytes(b"abc")
+    note_checksums(tmp_path, [tmp_path / "a", tmp_path / "gone"], rank=4)
+    assert (tmp_path / "__4.crc32.json").read_text() == json.dumps({"a": zlib.crc32(b"abc")}) + "\n"

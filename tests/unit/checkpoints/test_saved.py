@@ -1,8 +1,10 @@
 import logging
+from dataclasses import replace
 
 import pytest
 
 from qwench.checkpoints.manager import CheckpointManager
+from qwench.checkpoints.saved import Saved
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.errors import ConfigError
 from tests.fakes.console import RecordingConsole
@@ -55,6 +57,22 @@ def test_each_flag_that_changed_is_one_line(tmp_path, caplog):
         "changed since checkpoint 1: --new - -> y",
         "changed since checkpoint 1: --num-rollout 3 -> 6 (a decaying learning rate is spread over the new length)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("flag", "means"),
+    [
+        ("num_epoch", "a decaying learning rate is spread over the new length"),
+        ("global_batch_size", "other steps per rollout; their positions on the x-axis go on from the last one"),
+        ("rollout_batch_size", "other steps per rollout; their positions on the x-axis go on from the last one"),
+        ("hf_checkpoint", "its tokenizer and config are used, its weights are not"),
+    ],
+)
+def test_what_a_changed_flag_means_is_said(tmp_path, caplog, flag, means):
+    save(manager_of(tmp_path, **{flag: "1"}), 1)
+    with caplog.at_level(logging.INFO):
+        manager_of(tmp_path, **{flag: "2"}).restore(CountingLearner(), CountingRollouts())
+    assert caplog.messages[-1] == f"changed since checkpoint 1: --{flag.replace('_', '-')} 1 -> 2 ({means})"
 
 
 @pytest.mark.parametrize(
@@ -115,6 +133,20 @@ def test_the_learning_rates_of_the_checkpoint_may_be_asked_for(tmp_path):
         ConfigError, match=r"^--use-checkpoint-opt-param-scheduler: .*iter_0000001 was saved with --lr 1e-6; give the same"
     ):
         _ = manager("1e-5", use_checkpoint_opt_param_scheduler=True).saved
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--min-lr", "--lr-decay-style", "--lr-decay-iters", "--lr-warmup-iters", "--lr-warmup-fraction", "--lr-warmup-init",
+     "--lr-wsd-decay-iters", "--lr-wsd-decay-style", "--weight-decay"],
+)  # fmt: skip
+def test_any_flag_of_the_schedule_is_asked_for(tmp_path, flag):
+    saved = Saved(folder=tmp_path, iteration=1, meta={"flags": {"--lr": "1", flag: "2"}}, rollouts={}, is_own=True)
+    saved.check_schedule({"--lr": "1", flag: "2", "--seed": "3"})
+    with pytest.raises(ConfigError, match=rf"was saved with {flag} 2; give the same"):
+        saved.check_schedule({"--lr": "1"})
+    with pytest.raises(ConfigError, match=rf"was saved with --lr -, {flag} -; give the same"):
+        replace(saved, meta={"flags": None}).check_schedule({"--lr": "1", flag: "2"})
 
 
 @pytest.mark.parametrize(
