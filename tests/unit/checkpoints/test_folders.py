@@ -6,19 +6,26 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from qwench.checkpoints.convert import RunState
 from qwench.checkpoints.folders import (
+    check_base,
+    check_identity,
     check_load_folder,
     check_weights,
+    frozen_form,
     open_save_folder,
     starting_adapter,
     starting_weights,
     teacher_weights,
 )
+from qwench.checkpoints.formats.sources import fingerprint
 from qwench.checkpoints.manager import CheckpointManager
+from qwench.checkpoints.manifest import amend_manifest, write_manifest
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.lora import LoraConfig
@@ -240,3 +247,63 @@ def test_weights_that_cannot_be_read_are_named_by_their_flag(tmp_path, flag):
     hf_checkpoint = tmp_path if flag == "--hf-checkpoint" else None
     with pytest.raises(ConfigError, match=f"^{flag}: "):
         check_weights(config, QWEN3_4B, hf_checkpoint, lora=lora)
+
+
+@pytest.mark.parametrize(
+    ("fact", "name"),
+    [
+        ("lora_rank", "--lora-rank"),
+        ("lora_scale", r"the LoRA scale \(--lora-alpha, --lora-rank, --use-rslora\)"),
+        ("lora_init", "--lora-init"),
+        ("lora_base", "--lora-base"),
+        ("target_modules", "--target-modules"),
+        ("base_weights", r"a base model \(--hf-checkpoint\) of checksum"),
+        ("num_layers", "num_layers"),
+    ],
+)
+def test_a_fact_that_differs_is_named_by_its_flag(fact, name):
+    check_identity({fact: 1}, {fact: 1}, what="here")
+    with pytest.raises(ConfigError, match=f"^here is of a run with {name} 1, this one has 'x'; give another folder"):
+        check_identity({fact: 1}, {fact: "x"}, what="here")
+    with pytest.raises(ConfigError, match=f"with {name} none, this one has 1;"):
+        check_identity({}, {fact: 1}, what="here")
+
+
+def test_adapters_or_none_are_named_before_other_facts_and_their_base_last():
+    facts = {"lora_rank": "--lora-rank", "algorithm": "algorithm", "num_layers": "num_layers", "base_weights": "a base model"}
+    left = dict.fromkeys(reversed(facts), 1)
+    for fact, name in facts.items():
+        with pytest.raises(ConfigError, match=f"^here is of a run with {name}"):
+            check_identity(left, {}, what="here")
+        del left[fact]
+
+
+@pytest.mark.parametrize(("base", "form"), [("fp8", "fp8"), ("nf4", "nf4"), ("auto", None), (None, None)])
+def test_an_adapter_of_a_run_says_its_base_and_its_form(tmp_path, base, form):
+    assert frozen_form(tmp_path) is None, "no run wrote it"
+    weights = SimpleNamespace(specs={"a.k_proj.weight": None}, read=lambda name: torch.ones(2))
+    check_base(tmp_path, Path("base"), weights)
+    identity = {"base_weights": fingerprint(weights)} | ({} if base is None else {"lora_base": base})
+    write_manifest(tmp_path, {"identity": identity})
+    assert frozen_form(tmp_path) == form
+    check_base(tmp_path, Path("base"), weights)
+    weights.read = lambda name: torch.zeros(2)
+    with pytest.raises(ConfigError, match=f"^{tmp_path} was trained on another base than base; give the base of the run"):
+        check_base(tmp_path, Path("base"), weights)
+    amend_manifest(tmp_path, {"identity": {}})
+    check_base(tmp_path, Path("base"), weights)
+
+
+def test_a_marker_is_written_for_people_and_once(tmp_path):
+    open_save_folder(CheckpointConfig(save=tmp_path), IDENTITY)
+    marker = tmp_path / "qwench_run.json"
+    assert marker.read_text() == json.dumps(IDENTITY, indent=1) + "\n"
+    written = marker.stat().st_ino
+    open_save_folder(CheckpointConfig(save=tmp_path), IDENTITY)
+    assert marker.stat().st_ino == written
+    names = sorted("dcba")
+    for name in names:
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / name).touch()
+    with pytest.raises(ConfigError, match=r"not of a Qwench run \(a, b, c\)"):
+        open_save_folder(CheckpointConfig(save=tmp_path / "other"), IDENTITY)
