@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -64,17 +66,39 @@ def test_a_vocabulary_is_padded_with_zero_rows_only_where_it_must() -> None:
     assert to_hf(rule, tp_join(rule, shards), model)["model.embed_tokens.weight"].tolist() == rows.tolist()
 
 
-def test_names_in_checkpoints_are_those_of_the_transformer_engine_spec() -> None:
-    keys = {(rule.megatron_name, rule.checkpoint_key, rule.layer) for rule in rules(qwen3(layers=4, tied=False))}
-    for expected in (
-        ("decoder.layers.3.input_layernorm.weight", "decoder.layers.self_attention.linear_qkv.layer_norm_weight", 3),
-        ("decoder.layers.3.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight", 3),
-        ("decoder.layers.0.self_attention.q_layernorm.weight", "decoder.layers.self_attention.q_layernorm.weight", 0),
-        ("decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.mlp.linear_fc1.weight", 0),
-        ("decoder.final_layernorm.weight", "decoder.final_layernorm.weight", None),
-        ("output_layer.weight", "output_layer.weight", None),
-    ):
-        assert expected in keys
+def test_each_tensor_has_its_names_in_models_and_checkpoints_its_split_and_its_kind() -> None:
+    layer, stored, hf = "decoder.layers.1.", "decoder.layers.", "model.layers.1."
+    attention, mlp, fc1 = "self_attention.", "mlp.", "mlp.linear_fc1."
+    qkv, heads = f"{attention}linear_qkv.", [f"self_attn.{part}_proj." for part in "qkv"]
+    norms = [(f"{attention}{part}_layernorm.weight", [f"self_attn.{part}_norm.weight"], None, None, "plain") for part in "qk"]
+    in_layer = [
+        ("input_layernorm.weight", ["input_layernorm.weight"], f"{qkv}layer_norm_weight", None, "plain"),
+        (f"{qkv}weight", [f"{name}weight" for name in heads], None, 0, "qkv"),
+        (f"{qkv}bias", [f"{name}bias" for name in heads], None, 0, "qkv"),
+        *norms,
+        (f"{attention}linear_proj.weight", ["self_attn.o_proj.weight"], None, 1, "plain"),
+        ("pre_mlp_layernorm.weight", ["post_attention_layernorm.weight"], f"{fc1}layer_norm_weight", None, "plain"),
+        (f"{fc1}weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], None, 0, "gate_up"),
+        (f"{mlp}linear_fc2.weight", ["mlp.down_proj.weight"], None, 1, "plain"),
+    ]
+    word, last, head = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"
+    expected = [
+        (word, ("model.embed_tokens.weight",), word, None, 0, "vocab"),
+        *(
+            (layer + name, tuple(hf + one for one in names), stored + (key or name), 1, tp_dim, kind)
+            for name, names, key, tp_dim, kind in in_layer
+        ),
+        (last, ("model.norm.weight",), last, None, None, "plain"),
+        (head, ("lm_head.weight",), head, None, 0, "vocab"),
+    ]
+    model = replace(qwen3(tied=False), qkv_bias=True)
+    found = [rule for rule in rules(model) if rule.layer in (None, 1)]
+    names = ("megatron_name", "hf_names", "checkpoint_key", "layer", "tp_dim", "kind")
+    assert [tuple(getattr(rule, name) for name in names) for rule in found] == expected
+    assert [rule.layer for rule in rules(model)] == [None, *[0] * 9, *[1] * 9, None, None]
+    value = rules(model.as_critic())[-1]
+    assert (value.megatron_name, value.tp_dim, value.kind) == (head, None, "plain")
+    assert head not in {rule.megatron_name for rule in rules(qwen3(tied=True))}
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,13 @@ def test_projections_that_are_named_by_an_expression_are_those_of_the_weights(tm
     assert AdapterConfig.read(tmp_path).targets == ("q_proj", "v_proj")
 
 
+@pytest.mark.parametrize("start", [None, True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_an_adapter_may_have_begun_in_any_way_that_leaves_the_base_as_it_is(tmp_path, start):
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "init_lora_weights": start}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert AdapterConfig.read(tmp_path).rank == 4
+
+
 def test_the_written_file_is_pefts_and_is_read_back(tmp_path):
     config = AdapterConfig(rank=4, alpha=8.0, use_rslora=True, targets=("q_proj", "down_proj"), dropout=0.25, base="Qwen/Tiny")
     config.write(tmp_path)
