@@ -18,6 +18,7 @@ from qwench.training import cudnn_attention
 from qwench.training.cudnn_attention import CudnnAttention
 from qwench.training.megatron import layers
 from qwench.training.megatron.context_parallel import SequenceSplit, split_sequences
+from qwench.training.megatron.fused import gated
 from qwench.training.megatron.layers import GatedMLP, PackedSelfAttention, PackedTokens, RMSNorm, block_spec, uses_varlen_kernel
 from qwench.training.megatron.model import transformer_config
 from qwench.training.packed_attention import PackedAttention
@@ -131,6 +132,31 @@ def test_an_mlp_gates_between_its_products():
     output, bias = mlp(x)
     assert_close(output, 3 * x * x.sigmoid() * (x + 1))
     assert bias == "bias"
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_gradients_of_a_layer_are_those_of_autograd(normed):
+    draw = torch.Generator().manual_seed(3)
+    made = [torch.randn(5, 6, generator=draw), torch.randn(6, 64, generator=draw), torch.randn(32, 6, generator=draw)]
+    made += [1 + torch.rand(8, generator=draw) for _ in range(2)] if normed else []
+    slope, found = torch.randn(5, 6, generator=draw), []
+    for computes in ("layer", "plain"):
+        tokens, *weights = leaves = [one.clone().requires_grad_() for one in made]
+        scales = weights[2:] or [None, None]
+        if computes == "layer":
+            norms = [None if scale is None else SimpleNamespace(weight=scale) for scale in scales]
+            packed = _packed(split_sequences([5], cp_rank=0, cp_size=1, multiple_of=1))
+            output = _attention(weights[:2], norms, recomputes=False)(tokens[:, None], None, packed_seq_params=packed)[0][:, 0]
+        else:
+            output = _plain(tokens, weights[:2], scales)
+        found.append(torch.autograd.grad((output * slope).sum(), leaves))
+    assert_close(*found, rtol=1e-3, atol=1e-3)
+    gate_up = torch.randn(3, 8, generator=draw).requires_grad_()
+    gate, up = gate_up.chunk(2, dim=-1)
+    plain, ours = gate * gate.sigmoid() * up, gated(gate_up)
+    assert_close(ours, plain)
+    slopes = torch.randn(3, 4, generator=draw)
+    assert_close(*(torch.autograd.grad((one * slopes).sum(), gate_up)[0] for one in (ours, plain)))
 
 
 @pytest.mark.parametrize(("qk_norm", "sequence_parallel"), [(True, True), (False, False)])
