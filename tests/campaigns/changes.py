@@ -36,11 +36,15 @@ _ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
 _NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "sorted": "list", "reversed": "list"}
 _NAME = re.compile(r"[\w./-]*[A-Za-z]{2}[\w./-]*")
 """What keys, metrics, flags and files are called: no words of a sentence."""
+_MAKERS_OF_TYPES = ("TypeVar", "ParamSpec", "NewType")
+_LISTS_OF_NAMES = ("__all__", "__slots__")
 _CALLS_WITHOUT_MEANING = ("_log", "logger", "_logger", "log", "logging", "warnings")
 
 
 def code_of(tree: ast.AST) -> Iterator[ast.AST]:
     """Return the nodes that compute: no annotations, no messages of errors, no log lines."""
+    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id == "cast":
+        tree = tree.args[1]
     yield tree
     for field, value in ast.iter_fields(tree):
         silent = field in ("annotation", "returns", "decorator_list", "msg") or (field == "exc" and isinstance(tree, ast.Raise))
@@ -59,11 +63,16 @@ def _is_speech(node: ast.expr) -> bool:
 
 
 def _is_alias(node: ast.Assign) -> bool:
-    """Tell whether a statement names a type, as `Loss = Callable[..., Tensor]`."""
+    """Tell whether a statement names a type, as `Loss = Callable[..., Tensor]`, or lists names."""
     target, value = node.targets[0], node.value
-    return (
-        isinstance(value, ast.Subscript) and isinstance(target, ast.Name) and target.id[0].isupper() and not target.id.isupper()
-    )
+    if not isinstance(target, ast.Name):
+        return False
+    match value:
+        case ast.Call(func=ast.Name(id=name)) if name in _MAKERS_OF_TYPES:
+            return True
+        case ast.Subscript() | ast.BinOp(op=ast.BitOr()):
+            return target.id[0].isupper() and (len(target.id) == 1 or not target.id.isupper())
+    return target.id in _LISTS_OF_NAMES
 
 
 def changes_of(node: ast.AST) -> Iterator[Change]:

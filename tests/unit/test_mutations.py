@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.campaigns import mutations
+from tests.campaigns.changes import changes_of, code_of
 from tests.campaigns.mutations import Campaign, Outcome, mutant_of, places_of
 from tests.campaigns.reach import Reach, _seconds_of, with_calls
 
@@ -64,6 +65,26 @@ def test_the_changes_of_a_module_each_change_one_thing() -> None:
     whole = ast.unparse(ast.parse(SOURCE))
     assert [change.source.count("\n") for change in changes] == [whole.count("\n")] * 6
     assert "number / 2" in changes[1].source and "limit = [item for item in () if item]" in changes[1].source
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "T = TypeVar('T', int, str)",
+        "__all__ = ['one', 'two']",
+        "__slots__ = ('one', 'two')",
+        "Mode = Literal['one', 'two']",
+        "Ids = tuple[int, ...] | None",
+        "Made = NewType('Made', int)",
+    ],
+)
+def test_names_of_types_and_exports_are_not_changed(text: str) -> None:
+    assert [kind for node in code_of(ast.parse(text)) for kind, _ in changes_of(node)] == []
+
+
+def test_the_type_of_a_cast_is_not_changed() -> None:
+    changes = [ast.unparse(new) for node in code_of(ast.parse("x = cast(list[Loss], f(1))")) for _, new in changes_of(node)]
+    assert changes == ["2"]
 
 
 def test_a_recording_tells_which_function_a_test_called(tmp_path: Path) -> None:
