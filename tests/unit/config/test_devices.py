@@ -26,6 +26,7 @@ def group(num_gpus: int, size: int | None = None, kind: str = "regular") -> dict
 def test_groups_become_engines_in_order(tmp_path):
     path = write(tmp_path, group(4, 2), group(1, 1), group(2), group(1, kind="placeholder"))
     assert read_engine_sizes(path, num_gpus=8, default_size=2) == (2, 2, 1, 2)
+    assert read_engine_sizes(write(tmp_path, {"num_gpus": 4}), num_gpus=4, default_size=2) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,7 @@ def test_groups_become_engines_in_order(tmp_path):
         ([group(4, 3)], {}, "num_gpus_per_engine 3 does not divide num_gpus 4"),
         ([group(4, 4, "prefill")], {}, "worker_type prefill is not supported: every engine prefills and decodes"),
         ([group(1, kind="placeholder"), group(3, 1)], {}, "groups of worker_type placeholder must come last"),
+        ([group(1, kind="placeholder"), {"num_gpus": 3}], {}, "groups of worker_type placeholder must come last"),
         ([group(2, 1)], {}, "names 2 GPUs, and the engines of this run have 4"),
         ([{**group(4, 1), "tp": 2}], {}, "a group has the unknown key 'tp'; known: num_gpus, num_gpus_per_engine, worker_type"),
         ([group(4, 1)], {"update_weights": False}, "update_weights false is not supported"),
@@ -62,6 +64,14 @@ def test_a_plan_has_the_sizes_and_no_engine_spans_nodes(tmp_path):
         return plan_run(config, QWEN3_4B).devices.engine_sizes
 
     assert planned(group(2, 2), group(1, 1), group(1, kind="placeholder")) == (2, 1)
+
+
+def test_engines_for_evaluation_are_the_last_of_the_file(tmp_path):
+    file = write(tmp_path, group(2, 2), group(1, 1), group(1, 1))
+    words = ["--rollout-batch-size", "8", "--rollout-num-gpus", "2", "--sglang-config", str(file), "--fully-async"]
+    words += ["--eval-num-gpus", "2", "--eval-prompt-data", "a", "a.jsonl"]
+    devices = plan_run(parse_flags(Config, words, prog="qwench train"), QWEN3_4B).devices
+    assert (devices.engine_sizes, devices.num_eval_engines) == ((2, 1, 1), 2)
 
 
 def test_no_engine_of_the_file_may_span_two_nodes(tmp_path):

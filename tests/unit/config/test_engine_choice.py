@@ -2,12 +2,21 @@
 
 import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from qwench.config.command_line.parse import parse_flags
 from qwench.config.config import Config
-from qwench.config.engine_choice import Machine, check_engine_is_installed, choose_engine, look_at_machine
+from qwench.config.engine_choice import (
+    Machine,
+    check_engine_is_installed,
+    choose_engine,
+    deterministic_engines_are_ours,
+    look_at_machine,
+)
+from qwench.config.sections.engine import EngineConfig
+from qwench.config.sections.training import TrainingConfig
 from qwench.errors import ConfigError
 
 LAPTOP = Machine(has_sglang=False, num_gpus=0)
@@ -51,6 +60,28 @@ def test_the_words_and_the_machine_choose_the_engine(words, names_size, machine,
 def test_a_flag_decides_alone():
     config = parse("--rollout-engine", "embedded", "--sglang-mem-fraction-static", "0.7")
     assert (config.engine.kind, config.engine.engine_reason) == ("embedded", "--rollout-engine says so")
+
+
+def test_a_file_of_engines_means_sglang():
+    file = replace(Config(), engine=EngineConfig(sglang_config=Path("engines.yaml")))
+    assert choose_engine(file, names_size=False, machine=LAPTOP) == ("sglang", "the command line names --sglang-config")
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("--rollout-engine", "embedded"), None),
+        (("--rollout-external-engine-addrs", "a:1"), "--deterministic-mode cannot hold with --rollout-external-engine-addrs:"),
+        (("--rollout-engine", "sglang"), "--deterministic-mode with --rollout-engine sglang needs --sglang-enable-determ"),
+        (("--rollout-engine", "sglang", "--sglang-enable-deterministic-inference"), None),
+        (("--rollout-engine", "sglang", "--load-debug-rollout-data", "{rollout_id}"), None),
+    ],
+)
+def test_bits_of_a_run_hold_where_batches_cannot_change_them(words, problem):
+    config = parse(*words)
+    said = deterministic_engines_are_ours(replace(config, training=TrainingConfig(deterministic_mode=True)))
+    assert said is None if problem is None else said.startswith(problem)
+    assert deterministic_engines_are_ours(config) is None
 
 
 def test_a_size_of_engines_means_sglang_also_when_it_is_the_default():

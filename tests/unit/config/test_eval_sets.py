@@ -20,6 +20,7 @@ eval:
       path: /d/aime.jsonl@[0:4]
       rm_type: deepscaler
       temperature: 0
+      top_p: null
       stop_token_ids: [7, 8]
       metadata_overrides: {split: test}
     - name: gsm8k
