@@ -67,7 +67,7 @@ def a_teacher_has_advantages_to_change(config: Config) -> str | None:
 def rewards_apart_are_several(config: Config) -> str | None:
     """GDPO compares each of several rewards, and none of their sums."""
     reward = config.reward
-    if config.algorithm.advantage_estimator != "gdpo" or config.algorithm.loss_type == "sft_loss":
+    if config.algorithm.advantage_estimator != "gdpo":
         return None
     for flag, given in (
         ("--custom-rm-path", reward.custom_rm_path),

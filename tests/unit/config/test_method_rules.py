@@ -67,6 +67,7 @@ def test_entropy_before_the_first_step_needs_a_pass_of_one_policy(flags, message
             {"algorithm": AlgorithmConfig()},
             r"--critic-num-nodes \(1\) has no effect with --adv",
         ),
+        ({"critic_train_only": True}, {"algorithm": AlgorithmConfig()}, "--critic-train-only has no effect with --adv"),
     ],
 )
 def test_the_gpus_of_a_critic_fit_the_run(critic, sections, message):
@@ -76,7 +77,9 @@ def test_the_gpus_of_a_critic_fit_the_run(critic, sections, message):
 
 
 def test_a_critic_may_have_every_gpu_of_a_node_and_one_node_of_this_machine():
-    for critic, launcher in (({"critic_num_gpus_per_node": 8}, "auto"), ({"critic_num_nodes": 1}, "local")):
+    whole_node = {"critic_num_gpus_per_node": 8}
+    nodes = ((whole_node, "auto"), ({**whole_node, "critic_num_nodes": 2}, "auto"), ({"critic_num_nodes": 1}, "local"))
+    for critic, launcher in nodes:
         sections = {"algorithm": AlgorithmConfig(advantage_estimator="ppo"), "rollout": RolloutConfig(rollout_batch_size=1)}
         config = Config(critic=CriticConfig(**critic), cluster=ClusterConfig(launcher=launcher), **sections)
         assert the_critics_own_gpus_are_there(config) is None
