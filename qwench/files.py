@@ -304,11 +304,11 @@ def writing_back(folder: Path) -> Iterator[None]:
 
     def sync_repeatedly() -> None:
         while not stopped.wait(_WRITE_BACK_PAUSE_S):
-            for path in sorted(folder.rglob("*")):
+            for path in folder.rglob("*"):
                 if path.is_file():
                     fsync(path)
 
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-back") as pool:
+    with ThreadPoolExecutor(thread_name_prefix="write-back") as pool:
         syncing = pool.submit(sync_repeatedly)
         try:
             yield

@@ -107,9 +107,9 @@ def open_console() -> Console:
     """Return a console for standard output: live on a terminal, plain lines elsewhere."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # no character of a response may end the run
-    output = StandardOutput(highlight=False)
+    output = StandardOutput()
     if output.width < 1:  # COLUMNS=0; rich would print nothing
-        output = StandardOutput(highlight=False, width=80)
+        output = StandardOutput(width=80)
     return LiveConsole(output) if output.is_terminal else PlainConsole(output)
 
 

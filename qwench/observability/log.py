@@ -24,8 +24,6 @@ from qwench.observability.processes import keep_stacks_in
 
 DRIVER_LOG = "driver.log"
 _FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-_KEPT_RECORDS = 10_000
-_NEVER = logging.CRITICAL + 1
 _PACKAGE = logging.getLogger("qwench")
 
 
@@ -35,7 +33,7 @@ def open_driver_log(level: str, console: Console) -> None:
     Args:
         level: The lowest one that is shown: debug, info, warning or error.
     """
-    _replace_handlers(level, [console.log_handler(), MemoryHandler(_KEPT_RECORDS, flushLevel=_NEVER)])
+    _replace_handlers(level, [console.log_handler(), MemoryHandler(capacity=1)])  # without a target it keeps more, too
 
 
 def write_driver_log(folder: Path) -> None:

@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from pathlib import Path
-from threading import Event
+from threading import Event, current_thread
 from types import SimpleNamespace
 
 import pytest
@@ -69,10 +69,19 @@ def test_a_file_that_cannot_be_renamed_leaves_the_old_one_alone(tmp_path, monkey
     def refuse(source, target):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def read_only(path, missing_ok):
+        raise OSError(errno.EROFS, "Read-only file system")
+
     monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, "new")
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("a", "old")]
+    with pytest.raises(OSError, match="Is a directory"):
+        (tmp_path / "b.writing").mkdir()
+        write_atomically(tmp_path / "b", "new")
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, "new")
 
 
 def test_a_folder_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path, events):
@@ -92,6 +101,18 @@ def test_a_folder_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_pa
     assert sorted(one.name for one in tmp_path.iterdir()) == ["folder", "made"]
 
 
+def test_what_was_forced_to_the_disk_is_closed(tmp_path, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    before = len([*Path("/proc/self/fd").iterdir()])
+    files.fsync(tmp_path)
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        files.fsync(tmp_path)
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
+
+
 def test_names_of_a_folder_are_forced_to_the_disk_last(tmp_path, events):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "c").touch()
@@ -107,6 +128,7 @@ def test_files_are_forced_to_the_disk_while_they_are_written_and_an_error_of_it_
     forced, came = [], Event()
 
     def record(path):
+        assert current_thread().name.startswith("write-back_")
         forced.append(path)
         came.set()
 
@@ -238,6 +260,13 @@ def test_a_place_to_write_to_is_found_out_without_making_it(tmp_path, monkeypatc
         f"--out {folder} needs 1.0 MiB, but the disk of {tmp_path} has 1.0 MiB free; give another disk."
     )
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, what in (("file", "is a file"), ("link", "is a link that leads nowhere")):
+        with pytest.raises(
+            ConfigError, match=rf"^--out .* cannot be written to: {tmp_path / name} {what}; give another path\.$"
+        ):
+            check_can_hold(tmp_path / name / "below", flag="--out")
     for number, reason in ((errno.EACCES, "no permission to write into"), (errno.EROFS, "Read-only file system in")):
 
         def refuse(*, dir, number=number):  # noqa: A002 - the name that tempfile has

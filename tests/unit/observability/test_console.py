@@ -1,11 +1,12 @@
 import io
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import rich.console
 
-from qwench.observability.console import LiveConsole, PlainConsole, QuietConsole, open_console
+from qwench.observability.console import LiveConsole, PlainConsole, QuietConsole, StandardOutput, open_console
 from qwench.observability.summary import format_seconds, format_value, summarize
 
 METRICS = {
@@ -123,8 +124,10 @@ def test_a_line_is_never_broken_and_markup_is_text(terminal):
 def test_what_is_said_cannot_control_the_terminal(terminal):
     output = screen(terminal=terminal)
     console = LiveConsole(output) if terminal else PlainConsole(output)
-    console.say("a\x1b]0;title\x07\x9b2Jb\u2067\ttab \u00e4")
-    assert shown(output) == "a\\x1b]0;title\\x07\\x9b2Jb\\u2067  tab \u00e4\n"  # a tab as spaces
+    console.say("a\x1b]0;title\x07\x9b2Jb\u2067\ttab \u00e4\ue000\u2029")
+    console.say("\x1b[2J")
+    said = "a\\x1b]0;title\\x07\\x9b2Jb\\u2067  tab \u00e4\\ue000\\u2029\n"  # a tab as spaces
+    assert shown(output) == said + "\\x1b[2J\n"
 
 
 def test_plain_progress_speaks_at_most_every_half_minute():
@@ -132,8 +135,9 @@ def test_plain_progress_speaks_at_most_every_half_minute():
     with PlainConsole(output, clock=clock).progress("generate", total=100) as progress:
         for _ in range(7):
             clock.now += 10.0
-            progress.advance(5)
-    assert shown(output).splitlines() == ["generate 15/100", "generate 30/100"]
+            progress.advance(4)
+            progress.advance()
+    assert shown(output).splitlines() == ["generate 14/100", "generate 29/100"]
 
 
 def test_live_console_draws_bars_from_many_threads_and_prints_above_them():
@@ -161,7 +165,8 @@ def test_a_run_has_one_bar_that_names_what_is_done_now():
             assert any(re.search(r"rollout 2/24 .*load$", frame) for frame in frames(shown(output)))
         bar.show(3, left="1m02s left", note="reward 0.438")
         with console.phase("train"), console.progress("generate rollout 3", total=32) as progress:
-            progress.advance(12)
+            progress.advance(11)
+            progress.advance()
             bar.show(4, left="58.0s left", note="reward 0.5")
         console.say("a line above")
     drawn = [frame for frame in frames(shown(output)) if "rollout" in frame]
@@ -182,7 +187,16 @@ def test_the_bar_of_a_run_stays_on_one_line(width):
     assert drawn
     assert max(len(frame) for frame in drawn) == width, "news that are too long take what the line has left"
     assert all(re.match(r". rollout (0|123456)/200000 ", frame) for frame in drawn)
-    assert any("a very" in frame for frame in drawn)
+    assert any("123456/200000 \u2501\u2501\u2501\u2501\u2501\u2501\u2501 " in frame for frame in drawn), "0.62 of 12"
+    assert any(re.search("a very.*\u2026$", frame) for frame in drawn)
+
+
+def test_a_bar_stays_on_one_line_of_a_narrow_terminal_and_leaves_nothing():
+    output = rich.console.Console(file=io.StringIO(), force_terminal=True, width=24, color_system=None)
+    with LiveConsole(output).progress("a [bold]long[/bold] description", total=1000) as progress:
+        progress.advance()
+    assert all(re.fullmatch(r"a \[bold\]long\S* [01]/\S*", frame) for frame in frames(shown(output)))
+    assert "\n" not in shown(output)
 
 
 def test_live_part_ends_when_the_outermost_context_ends_even_by_an_error():
@@ -209,20 +223,43 @@ def test_a_character_that_the_output_has_not_ends_no_run(monkeypatch):
     assert written.getvalue() == b"caf\\xe9\n"
 
 
-def test_quiet_console_has_the_same_methods_and_shows_nothing(capsys):
-    console = QuietConsole()
+@pytest.mark.parametrize("plain", [False, True])
+def test_quiet_console_shows_nothing_and_a_plain_one_what_is_said(capsys, plain):
+    console = PlainConsole(rich.console.Console()) if plain else QuietConsole()
     with console.phase("train"), console.progress("generate", total=1) as progress:
         progress.advance(1)
     console.say("text")
     console.show("table")
     with console.run("rollout", done=0, total=1) as bar:
         bar.show(1, left="", note="")
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == ("text\ntable\n" if plain else "")
+    assert console.width is None
 
 
-def test_a_terminal_that_says_it_has_no_columns_gets_the_usual_80(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "0")
+def test_a_reader_of_the_output_that_has_gone_is_an_error():
+    with pytest.raises(BrokenPipeError):
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            StandardOutput().on_broken_pipe()
+
+
+def test_what_is_done_after_a_run_has_a_line_of_its_own():
+    output = screen(terminal=True)
+    console = LiveConsole(output)
+    for end in ("finish", "fail"):
+        with suppress(ValueError), console.run("rollout", done=0, total=1):
+            if end == "fail":
+                raise ValueError
+        with console.phase(f"save after {end}"):
+            pass
+        assert any(re.search(rf"save after {end} .* 0s$", frame) for frame in frames(shown(output)))
+
+
+@pytest.mark.parametrize(("said", "width"), [("0", 80), ("1", 1)])
+def test_a_terminal_that_says_it_has_no_columns_gets_the_usual_80(capsys, monkeypatch, said, width):
+    monkeypatch.setenv("COLUMNS", said)
     monkeypatch.setenv("FORCE_COLOR", "1")
     console = open_console()
     console.say("model")
-    assert (console.width, capsys.readouterr().out) == (80, "model\n")
+    assert (console.width, capsys.readouterr().out) == (width, "model\n")

@@ -64,13 +64,21 @@ def test_subsample_keeps_whole_groups_spread_over_the_rollout(tmp_path):
     some = load_rollout(template, 0, subsample=0.01)
     assert [len(group.samples) for group in some.groups] == [2]
     assert (some.rollout_id, some.metrics) == (0, {"rollout/raw_reward": 1.0})
-    with pytest.raises(ConfigError, match=r"share in \(0, 1\], got 1.5"):
-        load_rollout(template, 0, subsample=1.5)
+    for share in (0.0, 1.5):
+        with pytest.raises(ConfigError, match=rf"share in \(0, 1\], got {share}"):
+            load_rollout(template, 0, subsample=share)
 
 
 def test_template_must_tell_rollouts_apart(tmp_path):
-    with pytest.raises(ConfigError, match=r"has no \{rollout_id\}"):
-        save_rollout(str(tmp_path / "same"), rollout_of(0, 1))
+    same = str(tmp_path / "same")
+    for flag, call in (
+        ("--save-debug-rollout-data", lambda: save_rollout(same, rollout_of(0, 1))),
+        ("--save-debug-trajectory-data", lambda: save_trajectories(same, rollout_of(0, 1))),
+        ("--load-debug-rollout-data", lambda: load_rollout(same, 0)),
+        ("--load-debug-rollout-data", lambda: check_recorded(same, num_rollout=1)),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{flag} '{same}' has no \{{rollout_id\}}; every rollout"):
+            call()
     with pytest.raises(ConfigError, match="placeholder other than"):
         save_rollout(str(tmp_path / "{rank}"), rollout_of(0, 1))
 

@@ -52,17 +52,17 @@ def test_the_file_has_what_was_logged_before_it_was_opened_and_a_second_run_appe
     console = PlainConsole(rich.console.Console(file=io.StringIO()))
     for run in ("first", "second"):
         open_driver_log("info", console)
-        _logger.info("%s begins", run)
+        _logger.critical("%s begins", run)
         write_driver_log(tmp_path / "new" / "run")
         _logger.error("%s ends", run)
     assert stacks_written() == f"The stacks of all processes are in {tmp_path / 'new' / 'run' / STACKS}."
     kinds = [type(handler).__name__ for handler in logging.getLogger("qwench").handlers]
     assert sorted(kinds) == ["_DriverLog", "_LineHandler"], "what was kept is written, and the first run's file is closed"
-    lines = (tmp_path / "new" / "run" / DRIVER_LOG).read_text().splitlines()
+    lines = (tmp_path / "new" / "run" / "driver.log").read_text().splitlines()
     assert [re.sub(r"^\S+ \S+ ", "", line) for line in lines] == [
-        "INFO qwench.somewhere: first begins",
+        "CRITICAL qwench.somewhere: first begins",
         "ERROR qwench.somewhere: first ends",
-        "INFO qwench.somewhere: second begins",
+        "CRITICAL qwench.somewhere: second begins",
         "ERROR qwench.somewhere: second ends",
     ]
 
