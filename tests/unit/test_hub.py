@@ -93,6 +93,17 @@ def test_what_this_machine_has_wins_over_the_hub(tmp_path, monkeypatch):
         (["data/train.parquet", "data/validation.parquet"], None, "", ["data/train.parquet"]),
         (["data/train.parquet", "data/validation.parquet"], "validation", "", ["data/validation.parquet"]),
         (["train/a.csv", "test/a.csv", "dataset_infos.json"], None, "no card", ["train/a.csv"]),
+        (["validation/a.csv", "train/a.csv"], "validation", "", ["validation/a.csv"]),
+        (["x/y/test.csv", "x/z/test.csv"], "x/y/test", "", ["x/y/test.csv"]),
+        (["test.csv"], None, "", ["test.csv"]),
+        (["b.csv", "a.csv"], "train", "", ["a.csv", "b.csv"]),
+        *((["x-dev.csv", f"my-{word}.csv"], word, "", [f"my-{word}.csv"]) for word in ("train", "test", "valid", "val")),
+        (["x-dev.csv", "my-test.csv"], "dev", "", ["x-dev.csv"]),
+        *(
+            (["a.csv", "b.csv", "c.csv"], part, f"---\nconfigs: [{{{name}data_files: {files}}}]\n---\n", chosen)
+            for name, part in (("config_name: d, ", "d/train"), ("", "default/train"))
+            for files, chosen in (("a*", ["a.csv"]), ("[c.csv, a.csv]", ["a.csv", "c.csv"]))
+        ),
     ],
 )
 def test_a_split_is_found_by_the_card_or_by_names(names, part, card, chosen):
@@ -105,6 +116,11 @@ def test_a_split_is_found_by_the_card_or_by_names(names, part, card, chosen):
         (GSM8K, None, "w has main/train, main/test, socratic/train; name one of them or a file, as OWNER/NAME:main/train"),
         (GSM8K, "train", "w has main/train, main/test, socratic/train; name one"),
         (GSM8K, "dev", "name one of them or a file, as OWNER/NAME:main/train, not 'dev'"),
+        (
+            ["data/test.csv", "data/validation.csv"],
+            "dev",
+            "w has test, validation; name one of them or a file, as OWNER/NAME:test",
+        ),
         (["README.md", "data.arrow"], None, "w has no file of .jsonl, .parquet, .json, .csv"),
     ],
 )
@@ -128,11 +144,18 @@ def test_a_card_with_a_date_that_is_none_leaves_the_splits_to_the_names():
     assert choose_files(GSM8K, "socratic/train", "---\ndate: 2024-13-45\n---\n", where="w") == GSM8K[4:]
 
 
+def test_a_split_of_two_configurations_is_not_chosen():
+    with pytest.raises(ConfigError) as caught:
+        choose_files(["a/test.csv", "b/test.csv"], "test", "", where="w")
+    assert str(caught.value) == "w has a/test, b/test; name one of them or a file, as OWNER/NAME:a/test"
+
+
 def test_several_files_are_one_pattern(tmp_path):
+    assert as_pattern(["a/one.csv"], tmp_path) == "a/one.csv"
     for name in ("a/train-0-of-2.parquet", "a/train-1-of-2.parquet", "a/test-0-of-1.parquet", "a/train-x.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert as_pattern(["a/train-0-of-2.parquet", "a/train-1-of-2.parquet"], tmp_path) == "a/train-*.parquet"
+    assert as_pattern(["a/train-1-of-2.parquet", "a/train-0-of-2.parquet"], tmp_path) == "a/train-*.parquet"
     with pytest.raises(ConfigError, match="2 files without a common pattern"):
         as_pattern(["a/test-0-of-1.parquet", "a/train-0-of-2.parquet"], tmp_path)
 
