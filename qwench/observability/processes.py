@@ -124,8 +124,7 @@ def stacks_written() -> str:
     try:
         with _writing, path.open("a", encoding="utf-8") as file:
             file.write(f"=== {datetime.now().astimezone().isoformat(timespec='seconds')} driver, process {os.getpid()}\n")
-            file.flush()
-            faulthandler.dump_traceback(file)
+            faulthandler.dump_traceback(file)  # behind what was written before
             for process in list(_processes):
                 file.write(f"\n=== {process.label}\n{process.stacks()}\n")
     except OSError as error:
@@ -135,15 +134,11 @@ def stacks_written() -> str:
 
 def dump_stacks_on_signal(path: Path | None = None) -> None:
     """Append the stacks of this process to a file, or to standard error, whenever `STACKS_SIGNAL` comes."""
-    # The file stays open: faulthandler writes to its descriptor, also while native code holds the main thread.
+    # faulthandler keeps the file open and writes to its descriptor, also while native code holds the main thread.
     file = sys.__stderr__ if path is None else path.open("a", encoding="utf-8")
     if file is None:
         return
-    faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True, chain=False)
-    _kept.append(file)
-
-
-_kept: list[object] = []
+    faulthandler.register(STACKS_SIGNAL, file=file)
 
 
 def ask_for_stacks(send: Callable[[], None], path: Path) -> str:

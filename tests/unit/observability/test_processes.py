@@ -1,5 +1,6 @@
 import faulthandler
 import os
+import re
 import signal
 import threading
 from concurrent.futures import Future
@@ -70,11 +71,11 @@ def test_only_long_silences_of_registered_processes_are_told():
     for asked in (quiet, talking):
         processes.register(asked.process)
         asked.process.silent_s()
-        asked.clock.now += 21
+        asked.clock.now += 20
     talking.questions[0].set_result(True)
     try:
-        assert silent_processes() == {"engine server 0": 21.0}
-        assert describe_silence(silent_processes()) == "engine server 0 silent for 21 s"
+        assert silent_processes() == {"engine server 0": 20.0}
+        assert describe_silence(silent_processes()) == "engine server 0 silent for 20 s"
     finally:
         processes.forget(quiet.process)
         processes.forget(talking.process)
@@ -92,10 +93,12 @@ def test_stacks_of_driver_and_processes_go_to_one_file_that_the_sentence_names(t
         processes.forget(asked.process)
     written = (tmp_path / "stacks.txt").read_text()
     assert sentence == f"The stacks of all processes are in {tmp_path / 'stacks.txt'}."
-    assert f"driver, process {os.getpid()}" in written
+    assert re.match(rf"=== \d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d driver, process {os.getpid()}\n", written)
     assert "test_stacks_of_driver_and_processes" in written, "the driver's own stack"
     places = [written.index(part) for part in ("=== ", "test_stacks_of_driver", "=== engine server 0\nits stacks\n")]
     assert places == sorted(places) and places[0] == 0
+    processes.keep_stacks_in(tmp_path / "gone")
+    assert stacks_written().startswith(f"The stacks could not be written to {tmp_path}/gone/stacks.txt ([Errno 2]")
 
 
 def test_a_process_that_does_not_answer_the_signal_is_said_to_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -103,6 +106,11 @@ def test_a_process_that_does_not_answer_the_signal_is_said_to_be_stopped(tmp_pat
     path = tmp_path / "rank.stacks"
     path.write_text("earlier\n")
     assert "stopped" in ask_for_stacks(lambda: None, path)
+
+    def ended() -> None:
+        raise ProcessLookupError("it is gone")
+
+    assert ask_for_stacks(ended, path) == "(no process: it is gone)"
 
     def answer() -> None:
         threading.Timer(0.05, lambda: path.open("a").write("File x, line 1")).start()
