@@ -12,8 +12,14 @@ def write(path, text):
     path.write_text(text)
 
 
-def test_a_process_may_use_the_cores_of_its_affinity_mask(tmp_path):
+def test_a_process_may_use_the_cores_of_its_affinity_mask_or_all_where_there_is_none(tmp_path, monkeypatch):
     assert usable_cores(affinity={3, 5, 7}, proc_file=tmp_path / "none", mount=tmp_path) == 3
+    monkeypatch.setattr(os, "sched_getaffinity", {0: {1, 2}}.__getitem__, raising=False)
+    assert usable_cores(proc_file=tmp_path / "none", mount=tmp_path) == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    for count, cores in ((6, 6), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        assert usable_cores(proc_file=tmp_path / "none", mount=tmp_path) == cores
 
 
 @pytest.mark.parametrize(
@@ -32,6 +38,7 @@ def test_the_quota_of_a_control_group_and_of_those_above_it_bounds_the_cores(tmp
     for name, text in quotas.items():
         write(tmp_path / "cgroup" / name, text)
     write(tmp_path / "self", "0::/job\n")
+    write(tmp_path / "cpu.max", "1000 100000\n")  # above the mount
     assert usable_cores(affinity=set(range(8)), proc_file=tmp_path / "self", mount=tmp_path / "cgroup") == cores
 
 
