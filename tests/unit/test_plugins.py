@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import inspect
+import json
 import re
 import sys
 from collections.abc import Awaitable, Iterator
@@ -207,3 +208,29 @@ def test_a_module_is_loaded_once_its_function_was_asked_for(tmp_path: Path) -> N
     assert not is_loaded(path)
     load(path)
     assert is_loaded(path) and is_loaded("json.loads") and not is_loaded("no_such_module.loads")
+
+
+def test_a_file_finds_its_neighbours_and_one_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "helper_beside_it.py").write_text("SCORE = 0.25\n")
+    (tmp_path / "mine.py").write_text(
+        "from helper_beside_it import SCORE\n\nNUMBER = 3\n\n\ndef fn(samples):\n    return SCORE\n"
+    )
+    assert load_function(f"{tmp_path}/mine.py:fn", flag="--f")([]) == 0.25
+    with pytest.raises(ConfigError, match=r"^--f '.*mine\.py:NUMBER' is no function but a int\.$"):
+        load_function(f"{tmp_path}/mine.py:NUMBER", flag="--f")
+    with pytest.raises(ConfigError, match=rf"cannot be imported \(FileNotFoundError: there is no file {tmp_path}/none\.py\)"):
+        load_function(f"{tmp_path}/none.py:fn", flag="--f")
+
+
+def test_compiled_code_whose_arguments_are_not_known_is_taken_with_a_warning(caplog):
+    assert load_function("builtins.dict", flag="--f") is dict
+    assert caplog.messages == [
+        "--f 'builtins.dict' at a file that is not Python takes any arguments, so its signature cannot be checked; "
+        "it is called as fn(samples)"
+    ]
+
+
+def test_an_error_below_the_users_code_is_at_their_line():
+    with pytest.raises(ValueError, match="Expecting") as raised:
+        json.loads("{")
+    assert raised_at(raised.value) == f"{__file__}:{raised.tb.tb_lineno}"
