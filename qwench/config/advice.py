@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qwench.config.command_line.compat import EMBEDDED_ALIASES
-from qwench.config.command_line.flags import flag_name
 from qwench.config.config import Config
+from qwench.config.limits import as_flag
 from qwench.config.model_flags import overruled_flags
 from qwench.config.plan import RunPlan
 from qwench.config.sections.algorithm import AlgorithmConfig
@@ -110,7 +110,7 @@ def _overruled(config: Config) -> Iterator[str]:
         ("min_lr", optimizer.min_lr, optimizer.lr_decay_style == "constant", "--lr-decay-style constant does not decay"),
     ):  # fmt: skip
         if value and is_overruled:
-            yield f"--{flag_name(flag)}{'' if value is True else f' {value}'} has no effect: {reason}"
+            yield f"{as_flag(flag)}{'' if value is True else f' {value}'} has no effect: {reason}"
 
 
 def _unused_evaluation(config: Config) -> Iterator[str]:
@@ -147,7 +147,7 @@ def _unused_by_own_engines(config: Config) -> Iterator[str]:
         *("rollout_health_check_first_wait", "rollout_health_check_interval", "rollout_health_check_timeout"),
     ):
         if config.embeds_engine and getattr(engine, name) != getattr(default, name):
-            yield f"--{flag_name(name)} has no effect on the {engine.kind} engine: it runs in this process"
+            yield f"{as_flag(name)} has no effect on the {engine.kind} engine: it runs in this process"
     if engine.facts.reads_embedded_flags:
         yield from _unused_pass_through(engine.sglang_args, engine.router_args if config.embeds_engine else ())
 

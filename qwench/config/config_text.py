@@ -12,6 +12,7 @@ import yaml
 
 from qwench.config.command_line.flags import flag_name, flag_table
 from qwench.config.config import Config
+from qwench.config.limits import as_flag
 from qwench.config.values import format_value
 
 CONFIG_FILE = "qwench_config.yaml"
@@ -45,7 +46,7 @@ def settings_by_section(config: Config) -> dict[str, list[Setting]]:
     for section in fields(config):
         values = getattr(config, section.name)
         shown[section.name] = [
-            Setting(flag=f"--{flag_name(item.name)}", value=_text(item.name, value), is_default=value == default)
+            Setting(flag=as_flag(item.name), value=_text(item.name, value), is_default=value == default)
             for item in fields(values)
             for value in [getattr(values, item.name)]
             for default in [table[flag_name(item.name)].default if flag_name(item.name) in table else item.default]

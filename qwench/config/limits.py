@@ -13,6 +13,11 @@ _LONGEST_S = 1e8
 """Three years. Timers of the operating system, of PyTorch and of its collectives count what is longer in too few bits."""
 
 
+def as_flag(field_name: str) -> str:
+    """Return --max-tokens-per-gpu for max_tokens_per_gpu."""
+    return "--" + field_name.replace("_", "-")
+
+
 def check_positive(flag: str, value: float | None) -> None:
     """Refuse a value that is given and not a finite number above 0."""
     if value is not None and not value > 0:

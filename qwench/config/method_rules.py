@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from qwench.config.config import Config
+from qwench.config.limits import as_flag
 from qwench.config.plan import plan_batch
 from qwench.config.sections.agent import AGENT
 from qwench.config.sections.reward import BOXED_ANSWERS, split_names
@@ -23,7 +24,7 @@ def a_critic_has_its_method(config: Config) -> str | None:
     for item in fields(config.critic):
         value = getattr(config.critic, item.name)
         if value != item.default:
-            flag = "--" + item.name.replace("_", "-")
+            flag = as_flag(item.name)
             given = flag if value is True else f"{flag} ({value})"
             return f"{given} has no effect with --advantage-estimator {name}, which has no critic; leave it out"
     return None

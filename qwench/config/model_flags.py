@@ -7,6 +7,7 @@ from dataclasses import fields
 from math import isclose
 from typing import Any
 
+from qwench.config.limits import as_flag
 from qwench.config.sections.model import ArchitectureConfig
 from qwench.errors import ConfigError
 from qwench.models.architecture import Architecture
@@ -24,7 +25,7 @@ def check_model_flags(flags: ArchitectureConfig, model: Architecture) -> None:
     for name, given, fact in _differences(flags, model):
         if name not in DECIDED_BY_THE_CHECKPOINT:
             raise ConfigError(
-                f"{_flag(name)} ({given}) contradicts the checkpoint's config.json ({fact}); correct or remove the flag."
+                f"{as_flag(name)} ({given}) contradicts the checkpoint's config.json ({fact}); correct or remove the flag."
             )
 
 
@@ -32,7 +33,7 @@ def overruled_flags(flags: ArchitectureConfig, model: Architecture) -> Iterator[
     """Yield a warning for each flag whose value the checkpoint's config.json replaces."""
     for name, given, fact in _differences(flags, model):
         if name in DECIDED_BY_THE_CHECKPOINT:
-            yield f"{_flag(name)} {given:.15g} is not used: trainer and engines compute with config.json's {fact:.15g}"
+            yield f"{as_flag(name)} {given:.15g} is not used: trainer and engines compute with config.json's {fact:.15g}"
 
 
 def _differences(flags: ArchitectureConfig, model: Architecture) -> Iterator[tuple[str, Any, Any]]:
@@ -45,10 +46,6 @@ def _differences(flags: ArchitectureConfig, model: Architecture) -> Iterator[tup
         if isinstance(given, float) and isinstance(fact, float | int) and isclose(given, fact, rel_tol=1e-6):
             continue
         yield field.name, given, fact
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def megatron_facts(model: Architecture) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from qwench.config.limits import check_finite, check_fraction, check_import_path, check_not_negative, check_positive
+from qwench.config.limits import as_flag, check_finite, check_fraction, check_import_path, check_not_negative, check_positive
 from qwench.errors import ConfigError
 from qwench.estimators import METHODS, check_estimator, method_name, owners_of
 
@@ -201,7 +201,7 @@ class AlgorithmConfig:
             return
         for item in fields(self):
             if getattr(self, item.name) != item.default and item.name not in _USED_BY_SFT:
-                flag = "--" + item.name.replace("_", "-")
+                flag = as_flag(item.name)
                 raise ConfigError(f"{flag} has no effect with --loss-type sft_loss, which trains without rewards; leave it out")
 
     def _check_custom_loss(self) -> None:
@@ -229,7 +229,7 @@ class AlgorithmConfig:
         for item in fields(self):
             owners, value = owners_of(item.name), getattr(self, item.name)
             if owners and item.name not in facts.options and value != item.default:
-                flag = "--" + item.name.replace("_", "-")
+                flag = as_flag(item.name)
                 raise ConfigError(
                     f"{flag} ({value}) has no effect with --advantage-estimator {self.advantage_estimator}; "
                     f"it is an option of {' and '.join(owners)}"

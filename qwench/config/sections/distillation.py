@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from qwench.config.limits import check_not_negative
+from qwench.config.limits import as_flag, check_not_negative
 from qwench.errors import ConfigError
 
 TopKStrategy = Literal["only-student", "only-teacher", "intersection", "union", "xor"]
@@ -49,7 +49,7 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         check_not_negative("--opd-kl-coef", self.opd_kl_coef)
         check_not_negative("--opd-log-prob-top-k", self.opd_log_prob_top_k)
-        given = {item.name: _flag(item.name) for item in fields(self) if getattr(self, item.name) != item.default}
+        given = {item.name: as_flag(item.name) for item in fields(self) if getattr(self, item.name) != item.default}
         if not self.use_opd:
             for flag in given.values():
                 raise ConfigError(f"{flag} has no effect without --use-opd; add it")
@@ -92,7 +92,3 @@ class DistillationConfig:
             return {}
         named = dict(entry.split("=", 1) for entry in self.opd_teacher_urls)
         return named or ({} if rm_url is None else {DEFAULT_TEACHER: rm_url})
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

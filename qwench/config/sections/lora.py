@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from qwench.config.limits import check_not_negative, check_positive
+from qwench.config.limits import as_flag, check_not_negative, check_positive
 from qwench.errors import ConfigError
 from qwench.models.architecture import PROJECTIONS, adapter_scale
 
@@ -103,7 +103,7 @@ class LoraConfig:
         kept = ("lora_rank",) if self.lora_rank is None else ("lora_rank", "lora_alpha", "lora_dropout")
         for item in fields(self):
             if item.name not in kept and getattr(self, item.name) != item.default:
-                flag = "--" + item.name.replace("_", "-")
+                flag = as_flag(item.name)
                 if item.name == "lora_adapter_path":
                     raise ConfigError(f"{flag} starts training from an adapter: give its --lora-rank; {MERGE_FIRST}")
                 raise ConfigError(f"{flag} has no effect without adapters; give --lora-rank, or leave it out")

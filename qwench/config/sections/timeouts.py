@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from qwench.config.limits import check_seconds
+from qwench.config.limits import as_flag, check_seconds
 from qwench.errors import ConfigError
 
 
@@ -29,7 +29,7 @@ class TimeoutConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            check_seconds("--" + field.name.replace("_", "-"), getattr(self, field.name))
+            check_seconds(as_flag(field.name), getattr(self, field.name))
         if not 1 <= self.distributed_timeout_minutes * 60 <= 1e8:
             raise ConfigError(
                 f"--distributed-timeout-minutes must be from 1 second to 3 years, got {self.distributed_timeout_minutes}"
