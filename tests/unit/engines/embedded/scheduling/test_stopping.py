@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from qwench.engines.embedded.scheduling.request import RunningRequest
@@ -9,6 +11,7 @@ from qwench.engines.embedded.scheduling.stopping import (
     MAX_STOP_CHARS,
     MAX_STOPS,
     check_stop_strings,
+    has_ended,
     stop_ids_of,
     update_finish,
 )
@@ -72,6 +75,13 @@ def test_nothing_stops_before_the_least_length():
     assert ends_at("p", "$$$$", min_new_tokens=3) == (3, FinishReason.STOP, EOS)
     assert ends_at("p", "xxxx", stop=("x",), min_new_tokens=3) == (3, FinishReason.STOP, "x")
     assert ends_at("p", "$$$$", min_new_tokens=3, max_new_tokens=2) == (2, FinishReason.LENGTH, None)
+    assert ends_at("p", "bxcd", stop=("x",), min_new_tokens=4) == (-1, FinishReason.ABORT, None), "it was let pass"
+
+
+def test_a_request_that_failed_ends_and_a_fault_at_its_end_is_its_failure():
+    broken, failed = SimpleNamespace(failure=None), SimpleNamespace(failure=ValueError("before"))
+    assert has_ended(broken, None) is has_ended(failed, None) is True
+    assert isinstance(broken.failure, AttributeError) and str(failed.failure) == "before"
 
 
 def test_ignore_eos_disables_all_stop_tokens_and_no_stop_string():
