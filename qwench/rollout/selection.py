@@ -64,7 +64,7 @@ class Selection:
     def finish(self, rollout_id: int, tally: Tally) -> Rollout:
         """Make a rollout of the accepted groups: order them, mask what is not trained on, and count the others."""
         if self._functions.on_all_groups is not None:
-            finished = [group for group in (*tally.judged, *tally.surplus) if check_no_aborted(group).keep]
+            finished = [group for group in tally.judged + tally.surplus if check_no_aborted(group).keep]
             self._functions.on_all_groups(sorted(finished, key=lambda group: group.group_id))
         groups = sorted(tally.accepted, key=lambda group: group.samples[0].sample_id)
         for group in groups:

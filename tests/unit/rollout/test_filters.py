@@ -76,6 +76,10 @@ def test_equal_sums_of_rewards_that_differ_are_kept_where_they_are_compared_apar
     assert check_parts_nonzero_std(several).reason == "zero_std_1.0"
     several.samples[1].verdict = Verdict(score=1.0, reason="custom")
     assert check_parts_nonzero_std(several).reason == "zero_std_1.0"
+    several.samples[1].verdict = Verdict(score=1.0, reason="timeout", parts={"math": 0.0})
+    assert check_parts_nonzero_std(several).reason == "zero_std_1.0", "what nobody graded makes no difference"
+    several.samples[1].verdict = Verdict(score=1.0, reason="x+y", parts={"math": 1.0, "judge": 1.0})
+    assert check_parts_nonzero_std(several).keep, "one of them differs"
 
 
 @pytest.mark.parametrize(("estimator", "keeps"), [("gdpo", True), ("grpo", False)])

@@ -5,6 +5,7 @@ from string import ascii_lowercase
 import pytest
 
 from qwench.errors import QwenchError, RewardError
+from qwench.rollout import groups
 from qwench.rollout.groups import gather_or_cancel
 from qwench.samples import Sample, Status, Verdict
 from tests.fakes.engine import FakeEngine
@@ -12,9 +13,9 @@ from tests.fakes.grader import FakeGrader
 from tests.unit.rollout.scene import by_letter, group, make_runner, prompt, write_ok
 
 
-def run_groups(runner, *groups):
+def run_groups(runner, *given):
     async def together():
-        return await asyncio.gather(*(runner.run(one, rollout_id=0) for one in groups))
+        return await asyncio.gather(*(runner.run(one, rollout_id=0) for one in given))
 
     return asyncio.run(together())
 
@@ -40,6 +41,7 @@ def test_a_sample_that_is_cancelled_between_two_turns_is_not_complete():
         assert one.samples[0].status is Status.COMPLETED
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled()
         return one.samples[0]
 
     cut = asyncio.run(scenario())
@@ -88,6 +90,7 @@ def test_a_teacher_scores_what_is_whole_and_not_scored_while_the_rollout_goes_on
     runner = make_runner(FakeEngine(write_ok), grader, generate=write, teacher=Teacher())
     run_groups(runner, group(size=1))
     assert [sample_id for sample_id, _ in asked] == [0] * taught
+    assert grader.graded == [0] * (taught or "teacher_log_probs" in change)
     assert all("the teacher of sample 0" in waits for _, waits in asked)
 
 
@@ -142,9 +145,9 @@ def test_failing_reward_ends_the_group_and_its_requests():
     assert engine.num_running == 0
 
 
-def abort_after(runner, *groups, ticks):
+def abort_after(runner, *given, ticks):
     async def interrupted():
-        tasks = {asyncio.create_task(runner.run(one, rollout_id=0)) for one in groups}
+        tasks = {asyncio.create_task(runner.run(one, rollout_id=0)) for one in given}
         for _ in range(ticks):
             await asyncio.sleep(0)
         return await runner.abort(tasks)
@@ -159,6 +162,23 @@ def test_aborted_sample_is_not_graded_and_its_finished_sibling_is():
     assert [sample.status for sample in left.samples] == [Status.COMPLETED, Status.ABORTED]
     assert [sample.reward for sample in left.samples] == [1.0, None]
     assert grader.graded == [0]
+
+
+def test_an_abort_is_repeated_until_the_last_group_is_back(monkeypatch):
+    monkeypatch.setattr(groups, "ABORT_AGAIN_S", 0.01)
+
+    class HearsTheSecondTime(FakeEngine):
+        num_aborts = 0
+
+        async def abort(self, request_id=None):
+            self.num_aborts += 1
+            if self.num_aborts > 1:
+                await super().abort(request_id)
+
+    engine = HearsTheSecondTime(write_ok, ticks=by_letter({"b": None}))
+    runner = make_runner(engine, FakeGrader(lambda sample: 1.0))
+    left = abort_after(runner, group("a", size=1), group("b", size=1, group_id=1), ticks=30)
+    assert [one.samples[0].status for one in left] == [Status.COMPLETED, Status.ABORTED]
 
 
 def test_sample_that_ends_during_an_abort_is_graded_when_its_group_goes_on():
@@ -240,6 +260,31 @@ def test_aborted_execution_of_several_samples_starts_over():
     assert (only.status, only.tokens, only.response_length) == (Status.ABORTED, [97], 0)
 
 
+def test_an_execution_of_which_one_sample_was_aborted_starts_over():
+    async def lose_one(sample, context):
+        samples = await fork(sample, context)
+        samples[1].status = Status.ABORTED
+        return samples
+
+    (left,) = run_groups(custom_runner(lose_one), group("a", size=1))
+    assert [(one.status, one.response_length) for one in left.samples] == [(Status.ABORTED, 0)]
+
+
+def test_a_custom_function_is_told_what_it_generates_for():
+    seen = []
+
+    async def note(sample, context):
+        seen.append((context.rollout_id, context.position, context.scope, context.tokenizer, context.sampling))
+        await context.generate(sample)
+        return sample
+
+    engine = FakeEngine(write_ok)
+    runner = make_runner(engine, FakeGrader(lambda sample: 1.0), generate=note, scope="test set", priority=-1)
+    asyncio.run(runner.run(group(size=2), rollout_id=7))
+    assert seen == [(7, position, "test set", runner.tokenizer, runner.sampling) for position in (0, 1)]
+    assert [request.priority for request in engine.requests] == [-1, -1]
+
+
 def test_custom_function_may_grade_its_own_sample():
     async def graded(sample, context):
         await context.generate(sample)
@@ -295,8 +340,8 @@ def test_a_group_of_which_some_are_graded_is_graded_whole():
 
 def test_interrupted_groups_come_back_in_the_order_of_their_ids():
     engine = FakeEngine(write_ok, ticks=lambda text, request: None)
-    groups = [group(size=1, group_id=group_id) for group_id in (5, 2, 7, 1, 6, 3, 0, 4)]
-    left = abort_after(make_runner(engine, FakeGrader(lambda sample: 1.0)), *groups, ticks=5)
+    cut = [group(size=1, group_id=group_id) for group_id in (5, 2, 7, 1, 6, 3, 0, 4)]
+    left = abort_after(make_runner(engine, FakeGrader(lambda sample: 1.0)), *cut, ticks=5)
     assert [one.group_id for one in left] == list(range(8))
 
 
@@ -363,17 +408,20 @@ def test_rewards_that_do_not_come_are_named_with_their_samples():
     never = FakeGrader(lambda sample: 1.0, ticks=lambda sample: 10**9)
     assert described_while_it_waits(never) == "the reward of sample 0 has not returned for N s (open calls: 2)"
     assert described_while_it_waits(never, group_rm=True) == "the reward of group 0 has not returned for N s (open calls: 1)"
+    late = FakeEngine(write_ok, ticks=by_letter({"a": 20}))
+    described = described_while_it_waits(never, engine=late, asked=group_of("ab"))
+    assert described == "the reward of sample 1 has not returned for N s (open calls: 2)", "it was asked for first"
 
 
-def described_while_it_waits(grader, **settings):
+def described_while_it_waits(grader, *, engine=None, asked=None, **settings):
     """Return how a runner describes its open calls, once nothing moves; afterwards none may be open."""
 
     async def scenario():
-        runner = make_runner(FakeEngine(write_ok), grader, **settings)
-        task = asyncio.create_task(runner.run(group("a", size=2), rollout_id=0))
+        runner = make_runner(engine or FakeEngine(write_ok), grader, **settings)
+        task = asyncio.create_task(runner.run(asked or group("a", size=2), rollout_id=0))
         for _ in range(200):
             await asyncio.sleep(0)
-        described = re.sub(r"\d+ s", "N s", runner.describe_calls())
+        described = re.sub(r"\b\d s", "N s", runner.describe_calls())
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert runner.describe_calls() == ""

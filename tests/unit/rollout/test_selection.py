@@ -51,8 +51,8 @@ def test_groups_are_sorted_by_filter_need_and_status_and_each_outcome_is_counted
     selection, tally = Selection(functions, curriculum), Tally(rounds=3)
     cases = [
         (group_of(5, 1.0, 0.0), False, True),
-        (group_of(4, 0.0, 0.0), True, False),
         (group_of(3, 1.0, 1.0), False, False),
+        (group_of(4, 0.0, 0.0), True, False),
         (group_of(2, 1.0, 1.0), True, True),
         (group_of(1, 1.0, 0.0, status=Status.ABORTED), True, False),
     ]
@@ -61,7 +61,7 @@ def test_groups_are_sorted_by_filter_need_and_status_and_each_outcome_is_counted
     rollout = selection.finish(7, tally)
     assert (rollout.rollout_id, [group.group_id for group in rollout.groups]) == (7, [2, 5])
     assert [group.group_id for group in tally.unusable] == [1]
-    assert seen == [[0, 2, 3, 4, 5]] and curriculum.measured == [5, 2, 4, 3]
+    assert seen == [[0, 2, 3, 4, 5]] and curriculum.measured == [5, 2, 3, 4]
     assert rollout.metrics == {
         "rollout/dynamic_filter/drop_aborted": 1.0,
         "rollout/dynamic_filter/drop_sum_0": 1.0,
@@ -72,6 +72,7 @@ def test_groups_are_sorted_by_filter_need_and_status_and_each_outcome_is_counted
         "rollout/dynamic_filter/rounds": 3.0,
         "rollout/curriculum": 1.0,
     }
+    assert list(rollout.metrics)[:3] == [f"rollout/dynamic_filter/drop_{why}" for why in ("aborted", "sum_0", "sum_2")]
     plain, tally = Selection(RolloutFunctions()), Tally()
     assert plain.judge(group_of(1, 0.0), tally) and plain.finish(0, tally).metrics == {"rollout/surplus_groups": 0.0}
 
@@ -85,6 +86,8 @@ def test_samples_that_a_function_removes_or_nobody_graded_are_masked():
     )
     rollout = Selection(functions).finish(0, Tally(accepted=[group]))
     assert [sum(sample.loss_mask) for sample in rollout.samples] == [0, 0, 0, 1]
+    rollout = Selection(RolloutFunctions()).finish(0, Tally(accepted=[group_of(1, 1.0, 0.0)]))
+    assert [sum(sample.loss_mask) for sample in rollout.samples] == [1, 1], "without a filter all are trained on"
 
 
 def test_filters_answer_in_their_own_form():
@@ -101,3 +104,5 @@ def test_filters_answer_in_their_own_form():
 def test_shares_of_no_groups_are_zero():
     assert reward_shares([]) == (0.0, 0.0)
     assert reward_shares([group_of(0, 0.0), group_of(1, 1.0), group_of(2, 1.0, 0.0)]) == pytest.approx((1 / 3, 1 / 3))
+    assert reward_shares([group_of(0, 0.0)]) == (1.0, 0.0)
+    assert reward_shares([group_of(0, 1.0)]) == (0.0, 1.0)
