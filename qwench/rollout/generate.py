@@ -50,7 +50,8 @@ class Requests:
     def __init__(self, engines: TokenSource, *, priority: int = 0) -> None:
         self._engines, self._priority = engines, priority
         self._in_flight: set[str] = set()
-        self._ids = (f"{uuid4().hex[:8]}-{i}" for i in count())  # the prefix keeps runs on one server apart
+        prefix = uuid4().hex[:8]  # keeps runs on one server apart
+        self._ids = (f"{prefix}-{i}" for i in count())
         self.aborting = False
         """While true, `send` answers at once with an empty aborted response."""
 

@@ -147,6 +147,7 @@ def load(path):
 
 def test_custom_rollout_uses_runner_and_buffer():
     of = context(FakeEngine(write_ok, ticks=by_letter({"a": None})))
+    assert (of.tokenizer, of.sampling) == (of.runner.tokenizer, of.runner.sampling) and of.sampling is not None
     rollout = make("first_done", of)
     assert (rollout.rollout_id, prompts_of(rollout.groups), rollout.groups[0].rewards) == (3, "b", [1.0])
     (left,) = of.buffer.waiting

@@ -1,9 +1,10 @@
 import asyncio
+import re
 from dataclasses import replace
 
 import pytest
 
-from qwench.engines.protocol import FinishReason, GenerateResult
+from qwench.engines.protocol import FinishReason, GenerateResult, Scoring
 from qwench.errors import EngineError
 from qwench.rollout.generate import GenerateContext, Requests, generate_single_turn
 from qwench.samples import Status
@@ -177,14 +178,27 @@ def test_a_request_of_a_rollout_that_ends_is_answered_under_its_own_id():
         return [await requests.send([1], sampling) for _ in range(2)]
 
     answers = asyncio.run(asked(Requests(writes("abc"))))
-    assert [answer.request_id.partition("-")[2] for answer in answers] == ["0", "1"]
+    prefixes, numbers = zip(*(answer.request_id.split("-") for answer in answers), strict=True)
+    assert numbers == ("0", "1") and len(set(prefixes)) == 1 and re.fullmatch("[0-9a-f]{8}", prefixes[0])
 
 
 @pytest.mark.parametrize("priority", [0, -1])
 def test_requests_have_the_priority_of_their_user(priority):
     engine = writes("abc")
-    asyncio.run(Requests(engine, **({"priority": priority} if priority else {})).send([1], sampling_of().whole))
-    assert [request.priority for request in engine.requests] == [priority]
+    requests, scoring = Requests(engine, **({"priority": priority} if priority else {})), Scoring(start=1)
+    asyncio.run(requests.send([1], sampling_of().whole, scoring=scoring))
+    assert [(request.priority, request.scoring) for request in engine.requests] == [(priority, scoring)]
+
+
+def test_a_turn_has_the_bounds_and_stops_that_its_function_names_and_the_seed_of_its_place():
+    engine, written = writes("hi"), sample("ab")
+    asking = replace(context(engine, stop=("!",), seed_by_position=True), position=2, scope="aime")
+    assert (asking.evaluating, context(engine).evaluating) == (True, False)
+    named = {"max_new_tokens": 3, "stop": ("<",), "stop_token_ids": (7,)}
+    expected = asking.sampling.params(written, position=2, scope="aime", **named)
+    asyncio.run(asking.generate(written, **named))
+    assert [request.sampling for request in engine.requests] == [expected]
+    assert (expected.max_new_tokens, expected.stop, expected.stop_token_ids) == (3, ("!", "<"), (7,))
 
 
 def test_requests_of_one_user_are_not_ended_by_another():
@@ -231,16 +245,29 @@ def test_a_cancelled_generation_is_cancelled_and_no_longer_in_flight():
         await asyncio.wait([task])
         assert task.cancelled()
         aborted = []
-        engine.abort = aborted.append
+        engine.abort = lambda name: aborted.append(name) or asyncio.sleep(0)
         await one.requests.abort_in_flight()
         assert aborted == []
+        tasks = [asyncio.create_task(one.generate(sample())) for _ in range(6)]
+        await asyncio.sleep(0)
+        await one.requests.abort_in_flight()
+        assert aborted == [request.request_id for request in engine.requests[1:]]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
     asyncio.run(scenario())
 
 
 def test_tokens_that_the_policy_did_not_write_have_no_version():
     written = sample("ab")
-    context(writes("hi")).append_context(written, "tool")
+
+    class Strict(CharTokenizer):
+        def encode(self, text, *, add_special_tokens):
+            assert add_special_tokens is False
+            return super().encode(text)
+
+    replace(context(writes("hi")), tokenizer=Strict()).append_context(written, "tool")
     assert (written.weight_versions, written.loss_mask, written.response) == ([-1] * 4, [0] * 4, "tool")
 
 
