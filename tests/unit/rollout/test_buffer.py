@@ -255,3 +255,14 @@ def test_groups_in_flight_are_described_by_their_first_samples():
     for sample in first:
         sample.status = Status.COMPLETED
     assert buffer.describe() == "9 of 9 groups finished"
+
+
+def test_groups_are_handed_out_interrupted_ones_first_then_waiting_ones_then_new_ones():
+    buffer = GroupBuffer(letters_source(5))
+    first, *others = buffer.next_groups(3)
+    buffer.put_back(others)
+    buffer.put_first([first])
+    assert (buffer.in_flight, buffer.has_interrupted) == ((), True)
+    assert prompts_of(buffer.next_groups(2)) == prompts_of(buffer.in_flight) == "ab"
+    assert prompts_of(buffer.waiting) == "c" and not buffer.has_interrupted
+    assert prompts_of(buffer.next_groups(2)) == "cd"
