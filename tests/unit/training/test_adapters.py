@@ -49,3 +49,10 @@ def test_a_begins_as_peft_s_does_and_follows_from_the_seed_and_the_name():
     assert torch.equal(own, random_a("q_proj", (200, 64), seed=1))
     assert not torch.equal(own, random_a("k_proj", (200, 64), seed=1))
     assert not torch.equal(own, random_a("q_proj", (200, 64), seed=2))
+
+
+def test_seeds_give_the_same_numbers_in_every_version():
+    torch.testing.assert_close(random_a("q_proj", (1, 3), seed=2), torch.tensor([[0.57690936, -0.48468193, -0.02683321]]))
+    switch = AdapterSwitch(0.5, seed=3)
+    switch.drop(step=1, micro_batch=2, rank=4)
+    assert switch.dropped(torch.ones(16), 5).tolist() == [2, 2, 2, 2, 0, 0, 2, 0, 0, 2, 2, 2, 2, 0, 2, 2]

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import pytest
 
 from qwench.data.sft import SftExample
-from qwench.observability.console import QuietConsole
 from qwench.samples import Sample
 from qwench.training.held_out import HeldOutLoss
+from tests.fakes.console import RecordingConsole
 
 
 class Scores:
@@ -39,7 +39,9 @@ def test_the_loss_is_the_mean_over_the_trained_tokens_of_all_conversations():
         "long": [example(1, 2, 3, mask=b"\1\1"), example(4, 5, 6, 7, mask=b"\1\0\1"), example(8, 9, mask=b"\1")],
         "short": [example(1, 20, mask=b"\1")],
     }
-    held_out = HeldOutLoss(scores, sets, temperature=0.5, chunk=2, console=QuietConsole())
+    held_out = HeldOutLoss(scores, sets, temperature=0.5, chunk=2, console=(console := RecordingConsole()))
     # long: (0.2 + 0.3) + (0.5 + 0.7) + 0.9 over 5 tokens, not the mean of the conversations' means
     assert held_out.evaluate() == {"eval/long/loss": pytest.approx(2.6 / 5), "eval/short/loss": pytest.approx(2.0)}
     assert scores.chunks == [(2, 0.5), (1, 0.5), (1, 0.5)]
+    shown = [(bar.description, bar.total, bar.steps) for bar in console.progresses]
+    assert shown == [("evaluate long", 3, [2, 1]), ("evaluate short", 1, [1])]

@@ -8,7 +8,7 @@ import torch
 from qwench.models.hf import architecture_of
 from qwench.models.memory import StateBytes, fsdp_bytes
 from qwench.models.random_qwen3 import find_size
-from qwench.training.memory_budget import ActivationBudget, kept_bytes
+from qwench.training.memory_budget import ActivationBudget, free_bytes, kept_bytes
 from qwench.training.packed_decoder import Keep
 
 _TOKENS, _SCORED, _CHUNK = 8192, 6000, 4096
@@ -78,3 +78,11 @@ def test_the_bytes_predicted_for_a_step_are_those_measured_within_a_tenth(size, 
     held = fsdp_bytes(architecture, state, num_shards=ranks, holds_reference=True, computes_whole=ranks > 1)
     kept = kept_bytes(architecture, sequences * 1280, Keep.ALL, torch.bfloat16)
     assert held.device + kept + sequences * 1024 * _LOGITS == pytest.approx(peak_gib * 2**30, rel=0.1)
+
+
+def test_what_torch_has_reserved_and_not_used_is_free_too(monkeypatch):
+    device = torch.device("cuda", 1)
+    for name, found in (("mem_get_info", (10, 100)), ("memory_reserved", 7), ("memory_allocated", 3)):
+        monkeypatch.setattr(torch.cuda, name, {device: found}.__getitem__)
+    assert free_bytes(device) == 14
+    assert free_bytes(torch.device("cpu")) is None

@@ -61,3 +61,57 @@ def test_the_first_rank_listens_unless_torchruns_agent_does_and_waits_for_no_ran
     assert (rank, world_size) == (0, 2)
     store.set("key", "value")
     assert agent is None or agent.get("key") == b"value"
+
+
+@pytest.mark.parametrize(
+    ("device", "environ", "members", "expected"),
+    [
+        ("cuda:1", {}, None, ("cpu:gloo,cuda:nccl", "HashStore", 0, 1)),
+        ("cpu", {}, None, ("gloo", "HashStore", 0, 1)),
+        ("cpu", {"RANK": "3"}, None, ("gloo", "store", 3, 5)),
+        ("cpu", {"RANK": "3"}, range(2, 4), ("gloo", "PrefixStore ranks from 2 of store", 1, 2)),
+    ],
+)
+def test_a_group_has_the_ranks_and_the_library_of_its_devices(monkeypatch, device, environ, members, expected) -> None:
+    made, devices = list[object](), list[object]()
+
+    def init(backend, *, store, rank, world_size, timeout) -> None:
+        made.append((backend, store if isinstance(store, str) else type(store).__name__, rank, world_size))
+        assert timeout == timedelta(seconds=9)
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", init)
+    monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: f"PrefixStore {prefix} of {store}")
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(process_group, "_reach_store", lambda given, timeout: (int(given["RANK"]), 5, "store"))
+    init_process_group(torch.device(device), environ=environ, timeout_s=9, members=members)
+    assert made == [expected] and devices == ([torch.device(device)] if device != "cpu" else [])
+    monkeypatch.setattr(process_group, "make_group", lambda *given: given)
+    link = process_group.make_link({"RANK": "3"}, timeout_s=9)
+    assert link == ("gloo", "PrefixStore link of store", 3, 5, timedelta(seconds=9))
+
+
+def test_without_a_group_a_rank_is_the_largest_and_waits_for_none() -> None:
+    assert not dist.is_initialized() and process_group.agree_on_largest(7) == 7
+    process_group.barrier()
+    process_group.leave_process_group()
+
+
+def test_the_largest_is_that_of_all_ranks_and_leaving_waits_for_them(monkeypatch) -> None:
+    said = list[object]()
+
+    def reduce(values: torch.Tensor, how: object) -> None:
+        said.append((values.dtype, values.item(), how))
+        values += 2
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", reduce)
+    monkeypatch.setattr(dist, "barrier", lambda: said.append("barrier"))
+    monkeypatch.setattr(process_group.gc, "collect", lambda: said.append("collect"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: said.append("destroy"))
+    assert process_group.largest_of_ranks(0.1, _CPU) == 2.1 and process_group.agree_on_largest(2**53 + 1) == 2**53 + 3
+    process_group.barrier()
+    process_group.leave_process_group()
+    most = dist.ReduceOp.MAX
+    reduced = [(torch.float64, 0.1, most), (torch.int64, 2**53 + 1, most)]
+    assert said == [*reduced, "barrier", "barrier", "collect", "destroy"]
