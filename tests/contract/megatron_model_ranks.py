@@ -5,6 +5,9 @@ Every rank leaves `<case>.<rank>.pt` in the folder: its place, the scores if it 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,12 +120,14 @@ def _run_case(case: Case, folder: Path) -> dict[str, object]:
         recompute_modules=case.modules,
         log_probs_chunk_size=7,
     )
-    model = build_model(architecture, case.layout, training, CPU, param_dtype=torch.float32)
+    with _warnings() as warnings:
+        model = build_model(architecture, case.layout, training, CPU, param_dtype=torch.float32)
     load_weights(model, open_weights(folder / case.model, architecture), architecture, case.layout)
     scores = [_forward_and_backward(model, micro_batch) for micro_batch in micro_batches()]
     parameters = [(rule.megatron_name, weight) for rule, weight in local_parameters(model, architecture)]
     parameters += [("copied head", weight) for _, weight in tied_head(model, architecture)]
     return {
+        "warnings": warnings,
         "recomputed": [_recomputed(layer) for layer in model.decoder.layers],
         "place": {
             "tp": parallel_state.get_tensor_model_parallel_rank(),
@@ -134,6 +139,18 @@ def _run_case(case: Case, folder: Path) -> dict[str, object]:
         "scores": [score for score in scores if score is not None],
         "gradients": {name: weight.grad for name, weight in parameters},
     }
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Note what megatron-core logs at WARNING and above."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron")
+    logger.addHandler(handler)
+    yield said
+    logger.removeHandler(handler)
 
 
 def _recomputed(layer: TransformerLayer) -> set[str]:

@@ -119,6 +119,11 @@ def test_layers_recompute_the_parts_that_the_flag_names(folder: Path, case: Case
         assert record["recomputed"] == [set(case.modules)] * (4 // case.layout.pp)
 
 
+@pytest.mark.parametrize("case", CASES[:1], ids=[case.name for case in CASES[:1]])
+def test_a_model_is_built_without_a_warning_of_megatron(folder: Path, case: Case) -> None:
+    assert [record["warnings"] for record in _records(folder, case)] == [[]] * ranks.WORLD_SIZE
+
+
 def _sum_of_shares(records: list[dict], name: str, tp_rank: int) -> torch.Tensor:
     """Add the gradients of the context-parallel ranks; one stage has the parameter."""
     mine = [record for record in records if record["place"]["tp"] == tp_rank and name in record["gradients"]]

@@ -11,6 +11,7 @@ that it is computed once; positions may be split over ranks in any way.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +25,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.functional import rms_norm
@@ -37,6 +39,9 @@ from qwench.training.cudnn_attention import CudnnAttention
 from qwench.training.megatron.context_parallel import SequenceSplit, gather_keys
 from qwench.training.megatron.fused import gated, split_heads
 from qwench.training.packed_attention import PackedAttention
+
+# For each layer megatron-core warns that it does not know `GatedMLP`, which needs no arguments of its own.
+logging.getLogger(TransformerLayer.__module__).addFilter(lambda record: "Unknown MLP type" not in record.getMessage())
 
 
 @dataclass(kw_only=True)
