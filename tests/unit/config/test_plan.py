@@ -191,6 +191,14 @@ def test_engines_share_the_ranks_devices_or_have_their_own():
     assert planned(engine=external).devices.num_engines == 0
 
 
+def test_recorded_rollouts_are_replayed_unless_conversations_are_read():
+    for loss_type, recorded, replays in (
+        ("policy_loss", "{rollout_id}", True), ("policy_loss", None, False), ("sft_loss", "{rollout_id}", False),
+    ):  # fmt: skip
+        sections = {"algorithm": AlgorithmConfig(loss_type=loss_type), "debug": DebugConfig(load_debug_rollout_data=recorded)}
+        assert planned(**sections).replays == replays
+
+
 def test_engines_for_evaluation_are_the_last_ones():
     def devices(num_gpus, **engine):
         cluster = ClusterConfig(rollout_num_gpus=4, rollout_num_gpus_per_engine=2)

@@ -17,6 +17,7 @@ from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.lora import LoraConfig
+from qwench.config.sections.parallel import ParallelConfig
 from qwench.config.sections.rollout import AsyncConfig, RolloutConfig
 from qwench.config.sections.training import TrainingConfig
 from tests.unit.config.architectures import QWEN3_4B
@@ -168,3 +169,24 @@ def test_a_rank_with_adapters_holds_the_frozen_model_their_state_and_no_referenc
     held = plan_run(config, QWEN3_4B).rank_bytes
     assert (held.weights, held.gradients, held.optimizer) == (2 * whole + 4 * trained + start, 4 * trained, 8 * trained)
     assert held.host == (2 * whole if teaches else 0)
+
+
+@pytest.mark.parametrize(("backend", "split"), [("fsdp", {}), ("megatron", {"tp": 2, "pp": 2})])
+@pytest.mark.parametrize(("lora_base", "saved"), [("fp8", 2 - (1 + 4 / 128**2)), ("nf4", 2 - (0.5 + 4 / 64))])
+def test_projections_of_a_quantised_base_take_their_share_of_the_device(backend, split, lora_base, saved):
+    names = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size"}
+    projections = 36 * (2 * 4096 * 2560 + 2 * 1024 * 2560 + 3 * 9728 * 2560)
+    held = {
+        base: plan_run(
+            Config(
+                rollout=BATCH,
+                lora=LoraConfig(lora_rank=4, lora_base=base),
+                training=TrainingConfig(train_backend=backend),
+                parallel=ParallelConfig(**{names[name]: size for name, size in split.items()}),
+                cluster=ClusterConfig(actor_num_gpus_per_node=4 if split else 1),
+            ),
+            QWEN3_4B,
+        ).rank_bytes
+        for base in ("auto", lora_base)
+    }
+    assert held["auto"].weights - held[lora_base].weights == pytest.approx(saved * projections / (4 if split else 1), abs=1)

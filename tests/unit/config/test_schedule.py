@@ -115,4 +115,6 @@ def test_patience_counts_the_evaluations_after_the_best_one() -> None:
 
     assert over(0) == [4, 6, 8]
     assert over(4) == [8]
+    each = schedule(num_rollout=4, eval_interval=1, early_stopping_patience=2)
+    assert [rollout_id for rollout_id in range(5) if each.is_out_of_patience(rollout_id, best=0)] == [2, 3, 4]
     assert not schedule(num_rollout=9, eval_interval=2).is_out_of_patience(8, best=0)
