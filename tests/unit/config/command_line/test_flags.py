@@ -63,6 +63,9 @@ def test_every_field_of_every_section_has_its_flag():
     [
         (int, ["-1"], -1),
         (float, ["1e-6"], 1e-6),
+        (float, ["-3.4028234663852886e38"], -3.4028234663852886e38),
+        *((int, [str(edge)], edge) for edge in (-(2**63), 2**63 - 1)),
+        (Path, ["/tmp/" + "x" * 254 + "\udcff"], Path("/tmp/" + "x" * 254 + "\udcff")),
         (str, ["None"], "None"),
         (int | None, ["None"], None),
         (int | None, ["7"], 7),
@@ -104,6 +107,7 @@ def test_words_become_the_value_of_the_annotation(annotation, words, value):
         (float, "nan", "must be a finite number, got 'nan'"),
         (float, "1e39", "must be a finite number, got '1e39'"),
         (float, "1e400", "must be a finite number, got '1e400'"),
+        (int, str(-(2**63) - 1), f"must be an integer of at most 64 bits, got '{-(2**63) - 1}'"),
         (int, str(2**63), f"must be an integer of at most 64 bits, got '{2**63}'"),
         (int, "9" * 5000, f"must be an integer, got '{'9' * 77}...'"),
     ],
