@@ -118,6 +118,8 @@ def test_train_with_the_loss_of_fine_tuning_is_checked_as_fine_tuning(files):
     del words["--rollout-max-response-len"], words["--n-samples-per-prompt"]
     assert parse_run("train", [*flat(words), "--loss-type", "sft_loss"]).rollout.rollout_max_response_len is None
     assert parse_run("sft", flat(words)).algorithm.loss_type == "sft_loss"
+    with pytest.raises(ConfigError, match=r"^--hf-checkpoint: there is no folder .*absent"):
+        parse_run("sft", [*flat(words), "--hf-checkpoint", str(files / "absent")])
 
 
 def test_evaluation_needs_sets_and_a_length_and_may_restrict_sampling(files):
@@ -126,6 +128,8 @@ def test_evaluation_needs_sets_and_a_length_and_may_restrict_sampling(files):
         ConfigError, match=r"qwench eval requires --eval-prompt-data or --eval-config .*, --eval-max-response-len "
     ):
         parse_run("eval", words)
+    with pytest.raises(ConfigError, match=r"^--eval-prompt-data or --eval-config is required: "):
+        parse_run("eval", [*words, "--rollout-max-response-len", "9"])
     words += ["--eval-prompt-data", "e", str(files / "train.jsonl")]
     with pytest.raises(ConfigError, match="--eval-max-response-len is required"):
         parse_run("eval", words)
