@@ -212,24 +212,6 @@ def test_another_name_of_a_flag_means_the_same(words, same):
     assert parse(words) == parse(same)
 
 
-def test_a_flag_that_repeats_another_one_must_agree_with_it(tmp_path):
-    words = ["--hf-checkpoint", "/models/Qwen3-4B", "--tokenizer-model", "Qwen/Qwen3-4B", "--weight-decay", "0.1"]
-    assert parse([*words, "--start-weight-decay", "1e-1"]).optimizer.weight_decay == 0.1
-    with pytest.raises(
-        ConfigError, match=r"^--end-weight-decay 0\.2 must repeat --weight-decay \(0\.1\): weight decay is constant"
-    ):
-        parse([*words, "--end-weight-decay", "0.2"])
-    with pytest.raises(
-        ConfigError, match=r"^--sglang-tokenizer-path Qwen3-8B must repeat --hf-checkpoint \(/models/Qwen3-4B\)"
-    ):
-        parse([*words, "--sglang-tokenizer-path", "Qwen3-8B"])
-    with pytest.raises(ConfigError, match=r"^--rollout-external must repeat --rollout-external-engine-addrs"):
-        parse(["--rollout-external"])
-    assert parse(["--rollout-external", "--rollout-external-engine-addrs", "a:1"]).engine.rollout_external_engine_addrs == (
-        "a:1",
-    )
-
-
 @pytest.mark.parametrize(
     ("flag", "reason"),
     [
@@ -251,13 +233,6 @@ def test_a_family_of_flags_is_refused_by_how_its_names_begin(flag, reason):
 def test_families_that_change_nothing_are_accepted_with_a_warning():
     config = parse(["--straggler-minmax-count", "2", "--cuda-graph-scope", "full", "--expert-model-parallel-size", "1"])
     assert config.foreign.unused_flags == ("straggler-minmax-count", "cuda-graph-scope")
-
-
-def test_all_refused_flags_are_named_at_once_and_what_is_never_supported_first():
-    with pytest.raises(ConfigError) as refused:
-        parse(["--fp8-recipe", "b", "--critic-save", "a", "--multi-lora-n-adapters", "4"])
-    assert str(refused.value).startswith("--multi-lora-n-adapters 4 is not supported: one run trains one adapter")
-    assert str(refused.value).endswith("(refused too: --fp8-recipe --critic-save)")
 
 
 READ_BY_THEIR_SECTION_ALONE = {

@@ -205,19 +205,52 @@ def test_yaml_comes_before_the_command_line_wherever_it_is_named(tmp_path):
     assert given.sglang == {"attention-backend": ("fa3",)}
 
 
+def test_a_flag_that_repeats_another_one_must_agree_with_it():
+    words = ["--hf-checkpoint", "/models/Qwen3-4B", "--tokenizer-model", "Qwen/Qwen3-4B", "--weight-decay", "0.1"]
+    assert sort(*words, "--start-weight-decay", "1e-1").flags["weight-decay"] == 0.1
+    assert sort("--end-weight-decay", "1e-2").flags == {}, "it repeats the default"
+    for repeated, problem in (
+        (["--end-weight-decay", "0.2"], "--end-weight-decay 0.2 must repeat --weight-decay (0.1): weight decay is constant"),
+        (
+            ["--sglang-tokenizer-path", "Qwen3-8B"],
+            "--sglang-tokenizer-path Qwen3-8B must repeat --hf-checkpoint (/models/",
+        ),
+        (["--rollout-external"], "--rollout-external must repeat --rollout-external-engine-addrs ("),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            sort(*words, *repeated)
+        assert str(refused.value).startswith(problem) and str(refused.value).endswith("; leave it out")
+    given = sort("--rollout-external", "--rollout-external-engine-addrs", "a:1")
+    assert given.flags == {"rollout-external-engine-addrs": ("a:1",)}
+
+
+def test_all_refused_flags_are_named_at_once_and_what_is_never_supported_first():
+    with pytest.raises(ConfigError) as refused:
+        sort("--fp8-recipe", "b", "--critic-save", "a", "--multi-lora-n-adapters", "4", "--multi-lora-n-adapters", "5")
+    assert str(refused.value).startswith("--multi-lora-n-adapters 4 is not supported: one run trains one adapter")
+    assert str(refused.value).endswith("(refused too: --fp8-recipe --critic-save)")
+
+
+def test_embedded_engines_read_sglangs_names_unless_their_own_are_given():
+    assert sort("--sglang-mem-fraction-static", "0.5").flags == {"embedded-mem-fraction": 0.5}
+    both = sort("--sglang-mem-fraction-static", "0.5", "--embedded-mem-fraction", "0.25")
+    assert both.flags == {"embedded-mem-fraction": 0.25}
+
+
+ALL_SETTINGS = ["lr", "tis-clip", "use-rs", "rs-upper-bound"]
 BUILT_IN, OWN = "slime.backends.megatron_utils.loss.vanilla_tis_function", "mine.weights"
 
 
 @pytest.mark.parametrize(
     ("functions", "settings"),
     [
-        ([], ["lr", "tis-clip", "use-rs"]), ([BUILT_IN], ["lr", "tis-clip", "use-rs"]), ([OWN], ["lr"]),
-        ([OWN, BUILT_IN], ["lr", "tis-clip", "use-rs"]), ([BUILT_IN, OWN], ["lr"]),
+        ([], ALL_SETTINGS), ([BUILT_IN], ALL_SETTINGS), ([OWN], ["lr"]), ([OWN, BUILT_IN], ALL_SETTINGS),
+        ([BUILT_IN, OWN], ["lr"]),
     ],
 )  # fmt: skip
 def test_a_custom_file_sets_flags_but_not_what_the_last_named_function_of_weights_reads_there(functions, settings, tmp_path):
     file = tmp_path / "custom.yaml"
-    file.write_text("lr: 0.5\nmine: 3\ntis_clip: 3.0\nuse_rs: true\nseed: null\n")
+    file.write_text("lr: 0.5\nmine: 3\ntis_clip: 3.0\nuse_rs: true\nrs_upper_bound: 2.0\nseed: null\n")
     words = [word for path in functions for word in ("--custom-tis-function-path", path)]
     words += ["--custom-config-path", str(file), "--rollout-function-path", OWN]
     assert [entry.name for entry in custom_settings(split_words(words), TABLE)] == settings
