@@ -1,3 +1,4 @@
+import re
 import shlex
 from dataclasses import fields
 
@@ -127,6 +128,8 @@ def test_help_on_a_flag_that_a_function_declares_is_that_of_the_functions(capsys
 
 def test_every_flag_is_in_the_whole_listing_and_in_its_section(capsys):
     whole = shown(capsys, "--help-all")
+    assert "\n\nAlso --flag=value, and --config FILE.yaml. The last one wins.\n" in whole
+    assert [line for line in whole.splitlines() if re.search(r"\w-$", line)] == [], "no flag is broken at a hyphen"
     for flag in flag_table(Config).values():
         assert f"  --{flag.name}" in whole
     section = shown(capsys, "--help", "optimizer")
@@ -152,6 +155,8 @@ def test_the_help_of_a_flag_without_a_default_says_that_it_is_required(capsys):
 def test_an_unknown_topic_is_named_with_the_nearest(capsys):
     with pytest.raises(ConfigError, match="has no section, no flag and no text on 'optimiser'; did you mean optimizer"):
         parse_flags(Config, ["--help", "optimiser"], prog="qwench train")
+    with pytest.raises(ConfigError, match="no text on 'paralel'; did you mean parallel"):
+        parse_flags(Config, ["--help", "paralel"], prog="qwench train")
 
 
 @pytest.mark.parametrize(
@@ -159,6 +164,7 @@ def test_an_unknown_topic_is_named_with_the_nearest(capsys):
     [
         ("muon", ["optimizer", "muon-momentum", "muon-num-ns-steps"]),
         ("nf4", ["lora-base"]),
+        ("check-first", ["rollout-health-check-first-wait"]),
         ("Math_Verify", ["second-grader"]),
     ],
 )
