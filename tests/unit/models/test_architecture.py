@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from qwench.errors import ConfigError
-from qwench.models.architecture import Llama3Scaling, RopeSpec
+from qwench.models.architecture import MODEL_TYPES, Architecture, Llama3Scaling, RopeSpec, read_architecture
 from qwench.models.hf import architecture_of
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 10}
@@ -85,6 +85,66 @@ def test_rotary_parameters_are_read_with_their_scaling() -> None:
         theta=5e5,
         scaling=Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64),
     )
+
+
+def test_every_fact_of_config_json_has_its_place() -> None:
+    config = Qwen3Config(
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=2**24,  # the most that float32 tells apart
+        pad_token_id=9,
+        tie_word_embeddings=True,
+    )
+    assert architecture_of(config) == Architecture(
+        model_type="qwen3",
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        vocab_size=10,
+        norm_eps=1e-5,
+        max_position_embeddings=2**24,
+        rope=RopeSpec(head_dim=8, theta=10_000.0),
+        tied_head=True,
+        qk_norm=True,
+        qkv_bias=False,
+        attention_output_bias=False,
+        mlp_bias=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "expected"),
+    [
+        ("qwen3", {}, (True, False, False, False)),
+        ("qwen3", {"attention_bias": True}, (True, True, True, False)),
+        ("qwen2", {}, (False, True, False, False)),
+        ("qwen2", {"attention_bias": True}, (False, True, False, False)),
+        ("llama", {}, (False, False, False, False)),
+        ("llama", {"attention_bias": True, "mlp_bias": True}, (False, True, True, True)),
+    ],
+)
+def test_norms_and_biases_are_those_of_the_family(kind: str, flags: dict[str, bool], expected: tuple[bool, ...]) -> None:
+    raw = {**Qwen3Config(**SIZES).to_dict(), "attention_bias": False, "model_type": kind, "head_dim": None, **flags}
+    del raw["num_key_value_heads"]
+    model = read_architecture(raw)
+    assert (model.qk_norm, model.qkv_bias, model.attention_output_bias, model.mlp_bias) == expected
+    assert (model.num_kv_heads, model.head_dim) == (4, 16), "without numbers of their own"
+    assert MODEL_TYPES == ("qwen3", "qwen2", "llama")
+
+
+@pytest.mark.parametrize("value", [2**31 - 1, 2**31, 0, 1])
+def test_sizes_are_whole_numbers_of_31_bits(value: int) -> None:
+    raw = {**Qwen3Config(**SIZES, num_key_value_heads=2).to_dict(), "intermediate_size": value}
+    if 0 < value < 2**31:
+        assert read_architecture(raw).ffn_hidden_size == value
+    else:
+        with pytest.raises(ConfigError, match=f"has intermediate_size {value}; it must be a whole number above 0"):
+            read_architecture(raw)
 
 
 def test_a_critic_is_the_same_decoder_with_a_head_of_its_own() -> None:

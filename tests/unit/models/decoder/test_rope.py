@@ -10,7 +10,7 @@ from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from qwench.errors import ConfigError
-from qwench.models.architecture import ROPE_TYPES, YarnScaling, read_rope
+from qwench.models.architecture import ROPE_TYPES, LinearScaling, RopeSpec, YarnScaling, read_rope
 from qwench.models.decoder.rope import rope_table, rotate
 
 LLAMA3 = {
@@ -70,6 +70,13 @@ def test_the_old_layout_and_the_new_one_mean_the_same():
     new = Qwen3Config(rope_parameters=dict(YARN), max_position_embeddings=512)
     raw = {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", **scaling}, "max_position_embeddings": 512}
     assert read_rope(old.to_dict(), 16) == read_rope(new.to_dict(), 16) == read_rope(raw, 16)
+
+
+def test_a_base_that_is_not_given_is_that_of_the_paper_and_a_whole_head_is_rotated():
+    for config in ({}, {"rope_theta": None}, {"rope_parameters": {"partial_rotary_factor": 1.0}}):
+        assert read_rope(config, 16) == RopeSpec(head_dim=16, theta=10_000.0)
+    both = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 7.0}, "rope_theta": 5.0}
+    assert read_rope(both, 16) == RopeSpec(head_dim=16, theta=5.0, scaling=LinearScaling(factor=2.0))
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", "proportional", "mrope", "su", None, 3])
