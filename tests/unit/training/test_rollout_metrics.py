@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -34,6 +36,32 @@ def test_means_over_samples_of_the_means_over_trained_tokens():
         "rollout/log_probs": pytest.approx(-1.5),
         "rollout/advantages": 0.0,
     }
+
+
+def test_each_column_has_its_own_mean_and_staleness_its_largest_over_trained_tokens():
+    samples = _samples()
+    plain = RolloutBatch.from_samples(samples)
+    names = ("old_log_probs", "old_entropy", "ref_log_probs", "teacher_log_probs", "advantages", "returns")
+    columns = {
+        name: [torch.full((len(mask),), float(10 * i)).where(mask, 99.0) for mask in plain.loss_mask]
+        for i, name in enumerate(names, 1)
+    }
+    ages = [torch.tensor([0, 3]), torch.tensor([1, 9, 9, 9])]
+    values = [torch.tensor([60.0, 60.0]), torch.tensor([30.0, 7.0, 7.0, 7.0])]
+    batch = plain.with_columns(**columns, staleness=ages, values=values)
+    metrics = rollout_metrics(samples, batch)
+    means = {"log_probs": 10, "entropy": 20, "ref_log_probs": 30, "teacher_log_probs": 40, "advantages": 50, "returns": 60}
+    assert {name: metrics[f"rollout/{name}"] for name in means} == means
+    assert (metrics["rollout/staleness/mean"], metrics["rollout/staleness/max"]) == (pytest.approx(4 / 3), 3.0)
+    assert metrics["rollout/values"] == 45.0 and "rollout/explained_variance" in metrics
+    assert metrics["rollout/opd_reverse_kl"] == 10.0 - 40.0
+    without = rollout_metrics(samples, replace(batch, old_log_probs=None, values=None))
+    assert without["rollout/opd_reverse_kl"] == pytest.approx(-3.75 - 40.0)
+    assert "rollout/explained_variance" not in without
+    given = rollout_metrics(samples, batch.with_columns(teacher_kl=[torch.full((len(mask),), 7.0) for mask in plain.loss_mask]))
+    assert given["rollout/opd_reverse_kl"] == 7.0
+    masked = batch.with_columns(loss_mask=[plain.loss_mask[0], torch.zeros(4, dtype=torch.bool)])
+    assert rollout_metrics(samples, masked)["rollout/entropy"] == 10.0, "a sample without trained tokens counts as 0"
 
 
 def test_rewards_are_averaged_over_graded_samples():
