@@ -9,7 +9,7 @@ LEARNED = {"rollout/raw_reward": 0.4375, "rollout/response_len/mean": 43.5, "per
 
 
 class HandClock:
-    now = 0.0
+    now = 100.0
 
     def __call__(self) -> float:
         return self.now
@@ -19,7 +19,9 @@ def opened(*, width=None, unit="rollout", total=4, steps=2, first=0, **options):
     console, clock = RecordingConsole(width=width), HandClock()
     report = RunReport(console, unit=unit, total=total, clock=clock, **options)
     log = MetricLog([report], num_steps_per_rollout=steps)
-    log.resume(first, first_step=first * steps)
+    clock.now += 50.0  # until the run begins
+    if first is not None:
+        log.resume(first, first_step=first * steps)
     return console, clock, report, log
 
 
@@ -37,7 +39,7 @@ def shown_sample(response, **options):
 
 def test_a_rollout_is_one_line_with_the_mean_of_its_steps_and_the_time_left():
     console, clock, _, log = opened()
-    clock.now = 10.0
+    clock.now += 10.0
     log.log(0, LEARNED, steps=[{"train/loss": 0.1, "train/grad_norm": 1.0}, {"train/loss": 0.3, "train/grad_norm": 2.0}])
     assert console.events == [
         ("run", "rollout", 0, 4),
@@ -48,13 +50,13 @@ def test_a_rollout_is_one_line_with_the_mean_of_its_steps_and_the_time_left():
 
 def test_fine_tuning_has_a_line_for_each_step_and_knows_no_rollouts():
     console, clock, report, log = opened(unit="step", total=8, first=1, table_interval=2)
-    clock.now = 4.0
-    steps = [{"train/loss": 2.0}, {"train/loss": 1.0, "train/grad_norm": 3.0}]
+    clock.now += 4.0
+    steps = [{"train/loss": 2.0, "train/lr-pg_0": 1e-5}, {"train/loss": 1.0, "train/grad_norm": 3.0}]
     assert report.is_unfinished
     log.log(1, {"perf/step_time": 4.0, "perf/actor_train_tok_per_s": 12345.0}, steps=steps)
     report.finish({"saved": "runs/a"})
     assert [line for line in console.lines if "step" in line] == [
-        "step 3/8  loss 2  tokens/s 12,345  2.00s  20.0s left",
+        "step 3/8  loss 2  lr 1e-05  tokens/s 12,345  2.00s  20.0s left",
         "step 4/8  loss 1  grad norm 3  tokens/s 12,345  2.00s  8.00s left",
         "done      4 of 8 steps in 4.00s",
     ]
@@ -69,9 +71,24 @@ def test_a_line_fits_into_the_terminal_however_long_its_numbers_are():
     assert line == "rollout 1/20000  reward 0.438  length 43.5  loss -1.23e-07"
     narrow, _, _, log = opened(width=4)
     log.log(0, LEARNED)
-    wide, _, _, log = opened(width=400)
+    assert narrow.lines == ["rollout 1/4"]
+    whole = "rollout 1/4  reward 0.438  length 43.5  8.00s"
+    for columns, shown in ((len(whole), whole), (len(whole) - 1, whole.removesuffix("  8.00s"))):
+        exact, _, _, log = opened(width=columns)
+        log.log(0, LEARNED)
+        assert exact.lines == [shown]
+
+
+def test_a_run_that_only_generates_begins_with_its_first_rollout_and_the_last_has_no_time_left():
+    console, _, report, log = opened(total=1, first=None)
+    report.start({"model": "Qwen/Qwen3"})
     log.log(0, LEARNED)
-    assert (narrow.lines, wide.lines) == (["rollout 1/4"], ["rollout 1/4  reward 0.438  length 43.5  8.00s"])
+    assert console.events == [
+        ("say", "model     Qwen/Qwen3"),
+        ("run", "rollout", 0, 1),
+        ("say", "rollout 1/1  reward 0.438  length 43.5  8.00s"),
+        ("bar", 1, "0.00s left", "reward 0.438"),
+    ]
 
 
 def test_what_is_no_rollout_has_no_line():
@@ -102,9 +119,10 @@ def test_an_evaluation_that_ends_late_names_its_rollout():
 
 
 def test_the_table_comes_when_it_is_asked_for():
-    console, _, _, log = opened(table_interval=2)
-    for rollout_id in range(3):
+    console, _, _, log = opened(table_interval=3)
+    for rollout_id in range(4):
         log.log(rollout_id, LEARNED, steps=[{"train/loss": 0.1}, {"train/loss": 0.3}])
+    assert [event[0] for event in console.events if event[0] in ("say", "table")] == ["say", "say", "say", "table", "say"]
     (table,) = [event[1] for event in console.events if event[0] == "table"]
     assert [line.split() for line in table.splitlines()] == [
         ["reward", "reward", "0.4375"],
@@ -151,6 +169,14 @@ def test_the_last_message_is_shown_and_the_prompt_where_there_is_none(messages, 
     assert lines == ["sample 7 of rollout 3: no reward", f"  prompt   | {asked}", "  response | x"]
 
 
+@pytest.mark.parametrize(("reward", "shown"), [(999.4, "999"), (1000.0, "1,000"), (-1234.5, "-1,234"), (1.5e12, "1.5e+12")])
+def test_a_large_reward_has_no_decimals(reward, shown):
+    console, _, report, _ = opened(show_samples=1)
+    graded = Sample(prompt=Prompt(text="q", token_ids=(1,)), sample_id=7, group_id=1, response="x", reward=reward)
+    report.samples(Rollout(rollout_id=3, groups=[Group(group_id=1, samples=[graded])]))
+    assert console.lines[0].splitlines()[0] == f"sample 7 of rollout 3: reward {shown}"
+
+
 def test_a_label_is_one_line():
     console, _, report, _ = opened(show_samples=1)
     prompt = Prompt(text="q", token_ids=(1,), label="two\nlines" + "x" * 60)
@@ -166,6 +192,9 @@ def test_a_long_response_loses_its_middle_and_keeps_its_end():
     assert "start" in text
     assert text.endswith(r"\boxed{7}")
     assert "4,216 characters" in text
+    assert "x" * 800 in shown_sample("x" * 800) and f"{'x' * 266} ... 1 characters ... {'x' * 534}" in shown_sample("x" * 801)
+    assert "lines" not in shown_sample("\n".join("abcdefghijkl"))
+    assert shown_sample("a\tb").endswith("| a   b")
     many = shown_sample("\n".join(str(i) for i in range(100))).splitlines()
     assert len(many) == 14
     assert [line.split("| ")[1] for line in many[-9:]] == ["3", "... 89 lines ...", *map(str, range(93, 100))]
