@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from qwench.rewards import latex
 from qwench.rewards.algebra_worker import settle
-from qwench.rewards.boxed import last_box
-from qwench.rewards.expressions import MAX_ANSWER_CHARS, Question, as_integer, compare, normal_expression
+from qwench.rewards.boxed import grade_last_box, last_box
+from qwench.rewards.expressions import Question, as_integer, compare, normal_expression
 
 INTEGERS = st.integers(min_value=-(10**40), max_value=10**40)
 # Text in which the grammar of answers is dense.
@@ -169,9 +169,27 @@ def test_broken_latex_is_refused(source: str) -> None:
 
 
 def test_answers_beyond_the_length_limit_are_right_only_as_the_label_itself() -> None:
-    long = "+".join(["1"] * MAX_ANSWER_CHARS)
+    long = "y" * 1001
     assert compare(long, long).score == 1.0  # type: ignore[union-attr]  # the same text is no question
     assert compare(long, "x").reason == "unparseable"  # type: ignore[union-attr]  # too long to be one
+    assert isinstance(compare(long[1:], "x"), Question)
+
+
+@pytest.mark.parametrize(
+    ("text", "integer"),
+    [("34.0000001", 34), ("33.9999999", 34), ("34.00000011", None), ("1e4000", 10**4000), ("1e4001", None)],
+)
+def test_a_number_near_an_integer_is_it_and_one_of_too_many_digits_is_none(text: str, integer: int | None) -> None:
+    assert as_integer(text) == integer
+
+
+@pytest.mark.parametrize("answer", ["x@1", "x'", "x:1", "x.x", "(x).y", "2^2^x", "x^12", "x^(1+1)"])
+def test_code_and_towers_of_powers_are_not_asked_about(answer: str) -> None:
+    assert compare(answer, "x").reason == "unparseable"  # type: ignore[union-attr]  # no question
+
+
+def test_a_box_asks_whether_its_content_equals_the_label() -> None:
+    assert grade_last_box(r"so \boxed{x+y+1}", r"\boxed{1+y+x}") == Question(pairs=(("x+y+1", "1+y+x"),))
 
 
 @pytest.mark.parametrize(
