@@ -128,7 +128,8 @@ def test_label_without_an_answer_is_told_apart_from_a_wrong_answer(label: str) -
         ("Answer: 34.", "34", -1, "34."),
         ("Answer: 034", "34", -1, "034"),
         (r"\boxed{34}", "34", -1, "[INVALID]"),
-        ("Answer: 34\n" + "x" * 300, "34", -1, "[INVALID]"),
+        ("Answer: 34\n" + "x" * 289, "34", 1, "34"),  # the last 300 characters
+        ("Answer: 34\n" + "x" * 290, "34", -1, "[INVALID]"),
         ("Answer: 12345678901234567891", "12345678901234567890", -1, "12345678901234567891"),
     ],
 )
@@ -144,8 +145,28 @@ def test_dapo_tells_a_missing_answer_line_from_a_wrong_one() -> None:
 
 
 def test_dapo_refuses_a_label_that_is_no_number() -> None:
-    with pytest.raises(RewardError, match=r"'x\+1'.*--rm-type math"):
-        dapo.grade("Answer: 34", "x+1")
+    for label, shown in (("x+1", r"x\+1"), ("x" * 60, "x" * 60), ("x" * 61, "x" * 60 + r"\.\.\.")):
+        with pytest.raises(RewardError, match=rf"the label is '{shown}'; use --rm-type math"):
+            dapo.grade("Answer: 34", label)
+
+
+@pytest.mark.parametrize(
+    ("answer", "form"),
+    [
+        ("x=y=7", "7"), ("an 7", "7"), ("a 7", "7"), ("$7.$", "7"), (r"\$7", "7"), (r"7\ 8", "78"), ("7 8", "78"),
+        (r"\mbox{7}", "7"), (r"x,\text{and}y", "x,y"), (r"x\text{and}y", "x,y"), (r"7\text{m}", "7"), (r"\textbf{7}", "7"),
+        (r"\overline{7}", "7"), ("$7$ is it", "7"), (r"\boxed{7}", "7"), ("1,000", "1000"), ("1,x", "1,x"),
+        *(
+            (f"7{mark}", "7")
+            for mark in (
+                r"\text{s}", r"\text{.}", r"\text{}^2", r"\text{}^3", r"\text{}", r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;",
+                r",\!", "{,}", '"', r"\dots", "<|im_end|>", "<|endoftext|>", "meters",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_dapo_leaves_out_what_stands_around_a_number(answer: str, form: str) -> None:
+    assert dapo.normal_form(answer) == form
 
 
 @pytest.mark.parametrize("label", ["9" * 4301, "1e4300", "1e999999999", "-1e999999999"])
@@ -153,7 +174,7 @@ def test_dapo_refuses_a_label_of_more_digits_than_can_be_written(label: str) -> 
     with pytest.raises(RewardError, match=r"integers of up to 4300 digits") as caught:
         dapo.integer_label(label)
     assert len(str(caught.value)) < 200
-    assert dapo.integer_label("7" * 4000) == "7" * 4000
+    assert dapo.integer_label("9" * 4300) == "9" * 4300
 
 
 def test_dapo_normalises_the_label_of_a_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
