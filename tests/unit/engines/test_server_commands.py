@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import yaml
 
 from qwench.engines.client import IDLE_TIMEOUT_S
 from qwench.engines.fleet.servers import server_environ
+from qwench.engines.kinds import sglang
 from qwench.engines.kinds.embedded import embedded_command
 from qwench.engines.kinds.kind import ServerOrder
 from qwench.engines.kinds.sglang import check_sglang_words, check_words, sglang_command
@@ -51,11 +55,15 @@ def test_an_sglang_server_gets_its_model_its_gpus_and_the_users_flags():
     assert {flag: value_of(made.argv, flag) for flag in expected} == expected
     assert "secret" not in made.argv
     ((path, text),) = made.private_files.items()
+    assert path == Path(f"logs/.engine-1-{os.getpid()}.yaml"), "another run may use the folder"
     assert str(path) == value_of(made.argv, "--config") and yaml.safe_load(text) == {"admin-api-key": "secret"}
     assert made.environ["CUDA_VISIBLE_DEVICES"] == "2,3" and made.environ["PATH"] == "/bin"
     assert made.environ["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "0"
     assert made.label == "SGLang engine 1" and made.log_file == Path("logs/engine-1.log")
     assert pickle.loads(pickle.dumps(made)) == made
+    elsewhere = command(order(engine_start_timeout=9.0), host="10.0.0.1", gpu_ids=())
+    assert (elsewhere.host, elsewhere.start_timeout_s) == ("10.0.0.1", 9.0)
+    assert "CUDA_VISIBLE_DEVICES" not in elsewhere.environ
 
 
 def test_an_idle_connection_of_an_sglang_server_outlives_a_client_that_is_slow_to_read():
@@ -102,8 +110,9 @@ def test_an_sglang_server_takes_texts_as_long_as_yarn_allows_unless_the_user_dec
     assert "--json-model-override-args" not in command(order()).argv
     made = command(order(stretched_positions=131_072))
     assert value_of(made.argv, "--json-model-override-args") == '{"max_position_embeddings": 131072}'
-    own = command(order(stretched_positions=131_072, sglang_args=("--context-length", "9000")))
-    assert "--json-model-override-args" not in own.argv
+    for own in (("--context-length", "9000"), ("--json-model-override-args", "{}")):
+        argv = command(order(stretched_positions=131_072, sglang_args=own)).argv
+        assert [word for word in argv if word in ("--context-length", "--json-model-override-args")] == [own[0]]
 
 
 def test_engines_draw_apart_from_each_other():
@@ -114,6 +123,27 @@ def test_engines_draw_apart_from_each_other():
 def test_without_sglang_the_user_is_told_to_install_it():
     with pytest.raises(ConfigError, match=r"sglang cannot be imported .*install it"):
         check_sglang_words(())
+
+
+def test_sglangs_parser_is_given_the_model_that_it_insists_on(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sglang, "check_words", lambda words, **options: asked.append((words, options)))
+    check_sglang_words(("--tp-size", "2"))
+    ((words, options),) = asked
+    assert words == ["--tp-size", "2", "--model-path", "."]
+    assert (options["prefix"], options["package"]) == ("sglang", "sglang") and "ServerArgs" in options["parser_program"]
+
+
+def test_a_parser_that_does_not_end_is_given_up_and_asks_nobody(monkeypatch):
+    def run(argv: list[str], **options: object) -> None:
+        assert argv[:3] == [sys.executable, "-P", "-c"] and argv[4:] == ["--size", "3"]
+        expected = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "check": False}
+        assert options == {**expected, "timeout": sglang.CHECK_TIMEOUT_S}
+        raise subprocess.TimeoutExpired(argv, sglang.CHECK_TIMEOUT_S)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(ConfigError, match=r"^xpackage did not read its flags within 180 s; is it installed well\?$"):
+        check_words(("--size", "3"), prefix="x", parser_program=PARSER, package="xpackage")
 
 
 @pytest.mark.parametrize(
