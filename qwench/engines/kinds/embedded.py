@@ -58,6 +58,8 @@ def serve_words(order: ServerOrder, index: int) -> list[str]:
     words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
     if order.deterministic:
         words.append("--deterministic-mode")
+    if not engine.embedded_native_kernels:
+        words.append("--no-embedded-native-kernels")
     if not order.serves_checkpoint and order.adapter is None:  # an adapter may be all that is published
         words.append("--wait-for-weights")
     return words

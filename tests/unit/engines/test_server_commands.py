@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import yaml
 from qwench.engines.client import IDLE_TIMEOUT_S
 from qwench.engines.fleet.servers import server_environ
 from qwench.engines.kinds import sglang
-from qwench.engines.kinds.embedded import embedded_command
+from qwench.engines.kinds.embedded import embedded_command, serve_words
 from qwench.engines.kinds.kind import ServerOrder
 from qwench.engines.kinds.sglang import check_sglang_words, check_words, sglang_command
 from qwench.engines.kinds.sglang_router import check_router_words, router_command
@@ -195,7 +196,24 @@ def test_an_embedded_server_gets_its_flags_and_token():
     assert value_of(made.argv, "--train-dtype") == "float32" and value_of(made.argv, "--embedded-page-size") == "32"
     assert value_of(made.argv, "--num-gpus") == "1"
     assert "--embedded-kv-cache-tokens" not in made.argv and "secret" not in made.argv
-    assert made.environ == {"A": "b", "QWENCH_TOKEN": "secret"} and made.start_timeout_s == 9.0
+    assert made.environ == {"A": "b", "QWENCH_TOKEN": "secret"}
+    assert (made.label, made.log_file, made.host) == ("engine server 0", Path("logs/engine-0.log"), "127.0.0.1")
+    assert (made.start_timeout_s, made.dumps_stacks) == (9.0, True)
+
+
+def test_an_embedded_server_computes_with_the_sizes_and_in_the_ways_that_the_flags_say():
+    usual = ["--hf-checkpoint", "m", "--train-dtype", "float32", "--num-gpus", "1"]
+    sizes = {
+        "embedded_page_size": 1, "embedded_max_running_requests": 2, "embedded_prefill_chunk_tokens": 3,
+        "embedded_kv_cache_tokens": 4, "embedded_mem_fraction": 0.5,
+    }  # fmt: skip
+    sized = [word for name, size in sizes.items() for word in (f"--{name.replace('_', '-')}", str(size))]
+    of = server_order(Path("m"), Path("logs"), serves_checkpoint=True, **sizes)
+    assert serve_words(of, 0) == usual + sized
+    assert serve_words(replace(of, deterministic=True), 0) == [*usual, *sized, "--deterministic-mode"]
+    slow = replace(of, engine=replace(of.engine, embedded_native_kernels=False))
+    assert serve_words(slow, 0) == [*usual, *sized, "--no-embedded-native-kernels"]
+    assert embedded_command(of, index=0, gpu_ids=(), environ={}, host="10.0.0.1").host == "10.0.0.1"
 
 
 def test_an_embedded_server_reads_no_weights_that_a_publication_replaces():
