@@ -14,7 +14,7 @@ from qwench.engines.kinds.receiver import HttpReceiver
 from qwench.engines.protocol import Portion
 from qwench.errors import EngineError, EngineLostError, WeightSyncError
 from qwench.wire.addresses import EngineAddress, Placement
-from qwench.wire.flat_bucket import entries_of
+from qwench.wire.flat_bucket import entries_of, entries_to_json
 from qwench.wire.shared_buffer import SharedBuffer
 from tests.checksums import tensor_checksum
 
@@ -119,6 +119,21 @@ def test_a_shared_buffer_is_offered_by_one_handle_however_often_it_is_used():
     assert path == "/update_weights_from_tensor"
     assert body == {**orjson.loads(offers[1]), "weight_version": "7", "index": 2, "final": True}
     assert body["shared_buffer"] == {"kind": "file", "path": str(other.file), "num_bytes": 64}
+    assert body["entries"] == orjson.loads(orjson.dumps(entries_to_json(entries_of(BUCKET))))
+
+
+def test_a_buffer_is_offered_once_what_was_written_is_there():
+    class Buffer:
+        written = False
+
+        def wait_for_writes(self) -> None:
+            self.written = True
+
+        def handle(self) -> dict[str, bool]:
+            return {"is written": self.written}
+
+    offer = receiver_of(Server({})).offer(Buffer(), [])
+    assert orjson.loads(offer) == {"shared_buffer": {"is written": True}, "entries": []}
 
 
 def test_as_many_buckets_are_under_way_as_the_server_puts_in_order():
@@ -132,6 +147,12 @@ def test_the_server_is_asked_where_it_runs_only_when_the_run_does_not_know():
     assert asyncio.run(receiver_of(server).placement()) == HERE
     unknown = receiver_of(server, placement=None)
     assert asyncio.run(unknown.placement()) == Placement(host="b", devices=("cpu", "cpu"))
+
+
+def test_the_first_device_of_an_engine_receives_for_all():
+    wide = Placement(host="a", devices=("gpu 0", "gpu 1"))
+    found = asyncio.run(receiver_of(Server(), placement=wide).placement())
+    assert found == Placement(host="a", devices=("gpu 0",))
 
 
 def test_a_receiver_speaks_to_its_address_and_has_one_rank():
