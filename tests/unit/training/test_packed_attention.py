@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.varlen import varlen_attn
 
+from qwench.training import packed_attention
 from qwench.training.packed_attention import PackedAttention, PaddedRows
 
 _CPU = torch.device("cpu")
@@ -48,3 +52,32 @@ def test_rows_of_two_pieces():
     rows = PaddedRows.of([2, 3], _CPU)
     assert rows.source.tolist() == [[0, 1, 0], [2, 3, 4]]
     assert rows.cells.tolist() == [0, 1, 3, 4, 5]
+
+
+def test_a_kernel_for_packed_tokens_gets_the_borders_of_the_pieces(monkeypatch):
+    """Its place is taken by a loop over what it is told: queries, keys, values, their borders and their longest pieces."""
+    asked = []
+
+    def kernel(query, key, value, query_ends, key_ends, longest_query, longest_key, *, scale):
+        asked.append((longest_query, longest_key, query_ends.dtype, key_ends.dtype))
+        cuts = [ends[1:-1].tolist() for ends in (query_ends, key_ends, key_ends)]
+        pieces = zip(*(one.tensor_split(cut) for one, cut in zip((query, key, value), cuts, strict=True)), strict=True)
+        return torch.cat([_plain(*piece, scale) for piece in pieces])
+
+    monkeypatch.setattr(packed_attention, "_causal_varlen", kernel)
+    draw = torch.Generator().manual_seed(0)
+    for query_lengths, key_lengths in (([2, 3], [4, 3]), ([2, 3], [2, 3])):
+        query = torch.randn(5, 4, 8, generator=draw)
+        key, value = (torch.randn(sum(key_lengths), 2, 8, generator=draw) for _ in range(2))
+        found, expected = (
+            PackedAttention(query_lengths, key_lengths, varlen=varlen, device=_CPU)(query, key, value, scale=0.4)
+            for varlen in (True, False)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert asked == [(3, 4, torch.int32, torch.int32), (3, 3, torch.int32, torch.int32)]
+
+
+def test_torchs_kernel_is_asked_to_be_causal_and_told_of_fewer_key_heads_where_it_asks():
+    options = packed_attention._causal_varlen.keywords
+    wants = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    assert options == {"window_size": (-1, 0), **({"enable_gqa": True} if wants else {})}

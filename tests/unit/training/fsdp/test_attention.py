@@ -4,10 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
 
 from qwench.errors import ConfigError
-from qwench.training.fsdp.attention import install_attention, packed_inputs, padded_attention
+from qwench.training import packed_attention
+from qwench.training.fsdp import attention
+from qwench.training.fsdp.attention import (
+    check_attention,
+    install_attention,
+    packed_inputs,
+    padded_attention,
+    varlen_attention,
+)
 
 _CPU = torch.device("cpu")
 
@@ -71,6 +79,54 @@ def _model(**changes):
 def test_an_implementation_that_cannot_run_here_is_refused(implementation, device, dtype, message):
     with pytest.raises(ConfigError, match=message):
         install_attention(_model(), implementation, device=torch.device(device), dtype=dtype)
+
+
+@pytest.mark.parametrize("implementation", ["varlen", "cudnn", "flash_attention_2", "flash_attention_3", "sdpa"])
+def test_each_implementation_runs_where_its_package_is(monkeypatch, implementation):
+    gpu, there = torch.device("cuda"), []
+    monkeypatch.setattr(attention.cudnn_attention, "is_available", lambda: "cudnn" in there)
+    for version in (2, 3):
+        name = f"flash_attention_{version}"
+        monkeypatch.setattr(attention, f"is_flash_attn_{version}_available", lambda name=name: name in there)
+    if implementation in ("varlen", "sdpa"):
+        check_attention(implementation, device=gpu, dtype=torch.bfloat16)
+    else:
+        there[:] = {"cudnn", "flash_attention_2", "flash_attention_3"} - {implementation}
+        with pytest.raises(ConfigError, match=rf"--attn-implementation {implementation} (needs the package|is not available)"):
+            check_attention(implementation, device=gpu, dtype=torch.bfloat16)
+        there[:] = [implementation]
+        check_attention(implementation, device=gpu, dtype=torch.bfloat16)
+    model, taken = _model(), []
+    monkeypatch.setattr(model, "set_attn_implementation", taken.append)
+    install_attention(model, implementation, device=gpu, dtype=torch.bfloat16)
+    ours = {"varlen": "qwench_varlen", "cudnn": "qwench_varlen", "sdpa": "qwench_sdpa"}
+    assert taken == [ours.get(implementation, implementation)]
+    assert AttentionInterface()["qwench_varlen"] is varlen_attention and AttentionInterface()["qwench_sdpa"] is padded_attention
+
+
+def test_a_package_that_transformers_refuses_is_named(monkeypatch):
+    model = _model()
+    monkeypatch.setattr(model, "set_attn_implementation", lambda name: (_ for _ in ()).throw(ImportError(f"no {name}")))
+    with pytest.raises(ConfigError, match=r"--attn-implementation sdpa is not available here \(no qwench_sdpa\)"):
+        install_attention(model, "sdpa", device=_CPU, dtype=torch.float32)
+
+
+def test_torchs_packed_kernel_gets_what_the_padded_one_gets(monkeypatch):
+    """In its place each sequence is attended to alone, between the borders that it is told."""
+
+    def kernel(query, key, value, query_ends, key_ends, longest_query, longest_key, *, scale):
+        assert (longest_query, longest_key, key_ends is query_ends) == (3, 3, True)
+        pieces = zip(*(one.tensor_split(query_ends[1:-1].tolist()) for one in (query, key, value)), strict=True)
+        rows = [_plain_causal(*(part.transpose(0, 1) for part in piece), scale).transpose(0, 1) for piece in pieces]
+        return torch.cat(rows)
+
+    monkeypatch.setattr(packed_attention, "_causal_varlen", kernel)
+    query, key, value = torch.randn(3, 1, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    ends = torch.tensor([0, 2, 5], dtype=torch.int32)
+    found = varlen_attention(torch.nn.Module(), query, key, value, None, scaling=0.5, **packed_inputs("varlen", ends, _CPU))
+    expected = padded_attention(torch.nn.Module(), query, key, value, None, scaling=0.5, **packed_inputs("sdpa", ends, _CPU))
+    torch.testing.assert_close(found[0], expected[0])
+    assert found[1] is None and expected[1] is None
 
 
 def test_sliding_windows_are_refused():
