@@ -1,13 +1,17 @@
 """What sharding does to the modules: recomputation, dtypes, and no attention mask."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from qwench.algorithms.columns import RolloutBatch
 from qwench.training.batch import pack
+from qwench.training.fsdp import optimizer
 from qwench.training.fsdp.attention import install_attention
 from qwench.training.fsdp.parallelize import build_mesh, parallelize
 from qwench.training.fsdp.policy import Policy
+from tests.fakes.sections import adamw
 from tests.unit.training.fsdp.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -85,3 +89,12 @@ def test_only_trained_positions_reach_the_head():
     trained = [True] * 4 + [False] + [False] * 4 + [True] * 2 + [False]
     assert (log_probs != 0).tolist() == trained
     assert (entropy != 0).tolist() == trained
+
+
+def test_ranks_are_laid_out_once_more_on_the_host_where_they_are_on_gpus(monkeypatch: pytest.MonkeyPatch):
+    made, policy = [], _policy()
+    monkeypatch.setattr(optimizer, "init_device_mesh", lambda *given, mesh_dim_names: made.append((*given, mesh_dim_names)))
+    optimizer.MasterOptimizer(policy.named_weights(), policy.gradients, adamw(), total_steps=1)
+    assert made == []
+    optimizer._same_ranks_on_the_host(SimpleNamespace(shape=torch.Size([2, 3]), mesh_dim_names=("a", "b")))
+    assert made == [("cpu", (2, 3), ("a", "b"))]
