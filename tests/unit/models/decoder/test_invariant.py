@@ -31,3 +31,10 @@ def test_attention_is_that_of_softmax_and_blocks_that_no_query_sees_change_no_bi
             keys, values = k[0, :seen, head // 2], v[0, :seen, head // 2]
             expected = (keys @ q[0, row, head] * 0.3).softmax(0) @ values
             torch.testing.assert_close(made[0, row, head], expected)
+
+
+def test_scores_beyond_the_range_of_exponentials_are_attended_to() -> None:
+    q = torch.full((1, TILE, 1, 1), 1000.0)
+    k, v = torch.arange(KEY_BLOCK).view(1, -1, 1, 1).float(), torch.arange(KEY_BLOCK).view(1, -1, 1, 1).float()
+    found = attend(q, k, v, torch.arange(TILE)[None], scale=1.0)
+    assert found.flatten().tolist() == list(range(TILE)), "the last key that a query sees takes it all"
