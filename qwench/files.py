@@ -183,8 +183,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         fsync(temporary)
         rename_durably(temporary, path)
     except OSError:
-        with suppress(OSError):  # a disk that became read-only keeps it
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or a disk that became read-only keeps it
+            temporary.unlink()
         raise
 
 

@@ -69,7 +69,7 @@ def test_a_file_that_cannot_be_renamed_leaves_the_old_one_alone(tmp_path, monkey
     def refuse(source, target):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def read_only(path, missing_ok):
+    def read_only(path):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "replace", refuse)
