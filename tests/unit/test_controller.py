@@ -18,6 +18,7 @@ from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.controller import Run, generate, probe_engines, train
+from qwench.errors import Stopped
 from qwench.observability.stopping import FILE_NAME, SaveRequests
 from qwench.observability.timing import PhaseTimer
 from qwench.rollout.probe import TEMPERATURE
@@ -189,6 +190,20 @@ def test_a_resumed_run_publishes_what_it_restored_and_keeps_a_best_evaluation() 
         *LAST,
         *["finish", "finish the log"],
     ]
+
+
+def test_a_signal_in_the_last_evaluation_saves_what_was_learned() -> None:
+    class Stopping(Recorder):
+        def evaluate(self) -> dict[str, float]:
+            if "take 3" in self.events:
+                raise Stopped(signal.SIGTERM)
+            return super().evaluate()
+
+    parts, schedule = Stopping(first=2), replace(SCHEDULE, rollout=replace(SCHEDULE.rollout, num_rollout=4))
+    with pytest.raises(Stopped) as stopped:
+        train(run_of(parts, plan=SimpleNamespace(schedule=schedule, num_rollout=4)))
+    assert (stopped.value.number, stopped.value.outcome) == (signal.SIGTERM, "saved 4")
+    assert parts.events[-2:] == ["interrupt before 4", "keep the devices"]
 
 
 def test_without_evaluation_nothing_is_evaluated() -> None:
