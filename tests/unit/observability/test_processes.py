@@ -5,6 +5,7 @@ import signal
 import threading
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -102,10 +103,19 @@ def test_stacks_of_driver_and_processes_go_to_one_file_that_the_sentence_names(t
 
 
 def test_a_process_that_does_not_answer_the_signal_is_said_to_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(processes, "STACKS_TIMEOUT_S", 0.3)
+    clock, pauses = Clock(), []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        clock.now += seconds
+
     path = tmp_path / "rank.stacks"
     path.write_text("earlier\n")
-    assert "stopped" in ask_for_stacks(lambda: None, path)
+    with monkeypatch.context() as still:
+        still.setattr(processes, "time", SimpleNamespace(monotonic=clock, sleep=sleep))
+        said = ask_for_stacks(lambda: None, path)
+    assert said == "(no answer within 2 s: the process is stopped, or does not handle SIGUSR1)"
+    assert set(pauses) == {0.1} and 20 <= len(pauses) <= 21
 
     def ended() -> None:
         raise ProcessLookupError("it is gone")
