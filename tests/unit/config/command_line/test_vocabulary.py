@@ -200,6 +200,7 @@ def test_words_of_a_verb_lead_to_what_serves_them_there(verb, words, phrase):
         ("custom-rm", "did you mean --custom-rm-path or --custom-rm-in-process?"),
         ("custom-rm-function", "use --rm-type NAME, or --custom-rm-path"),
         ("fault-tolerance", "did you mean --use-fault-tolerance?"),
+        ("opd", "did you mean --use-opd?"),
         ("numrollout", "did you mean --num-rollout?"),
         ("help-al", "did you mean --help-all?"),
         ("opd-teacher", "use --opd-teacher-load, or --opd-teacher-urls"),
