@@ -1,6 +1,7 @@
 """What `qwench convert` says when it has ended."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
-from qwench.checkpoints.convert import Conversion, Converted
+from qwench.checkpoints.convert import Conversion, Converted, Ranks
 from qwench.commands import convert
 from qwench.commands.convert import convert_torch_dist_to_hf, run
 from qwench.errors import CheckpointError, ConfigError, OutputError
@@ -155,3 +156,66 @@ def test_the_bar_of_all_ranks_advances_by_whole_megabytes_of_one_rank() -> None:
     for nbytes in (200_000, 100_000, 1_000_000):
         add(nbytes)
     assert steps == [0, 1, 4]  # 0.8, 1.2 and 5.2 MB of four ranks
+
+
+@pytest.mark.parametrize(("rank", "verify"), [(0, True), (0, False), (1, True)])
+def test_ranks_convert_together_and_the_main_one_reports_and_verifies(
+    rank: int, verify: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversion = Conversion(source=Path("a"), output=Path("b"), to="fsdp", hf_folder=Path("hf"), config=PretrainedConfig())
+    converted = Converted(num_tensors=7, nbytes=3 * 10**9, with_optimizer=False)
+    done: list[tuple[object, ...]] = []
+    console = RecordingConsole()
+
+    class Working:
+        nbytes, weight_dtype = 3 * 10**6, torch.float16
+
+        def __init__(self, given: Conversion) -> None:
+            assert given is conversion
+
+        def run(self, ranks: Ranks, advance: Callable[[int], None]) -> Converted:
+            advance(2 * 10**6)
+            done.append(("run", ranks.rank, ranks.size))
+            return converted
+
+    def gather(value: object) -> list[object]:
+        done.append(("gather", value if value is None else value > 2**20))
+        return [value, value]
+
+    monkeypatch.setattr(module, "Converter", Working)
+    monkeypatch.setattr(module, "_join_ranks", lambda: Ranks(rank=rank, size=2, gather=gather))
+    monkeypatch.setattr(module, "open_console", lambda: console)
+    for name in ("load_tokenizer", "_report", "_verify", "leave_process_group"):
+        monkeypatch.setattr(module, name, lambda *given, name=name, **options: done.append((name, *given, options)))
+    module._run(conversion, verify=verify)
+    said = [one for one in done if one[0] == "_report"]
+    [(_, shown, *of_report, options)] = said
+    assert (shown is console, of_report, len(options["peaks"])) == (rank == 0, [conversion, converted], 2)
+    assert [one for one in done if one not in said] == [
+        *([("load_tokenizer", Path("hf"), {})] if verify else []),
+        ("run", rank, 2),
+        ("gather", True),  # bytes: more than a megabyte
+        *([("_verify", console, conversion, torch.float16, {})] if verify and rank == 0 else []),
+        ("gather", None),
+        ("leave_process_group", {}),
+    ]
+    bars = [(bar.description, bar.total, bar.steps) for bar in console.progresses]
+    assert bars == ([("a -> b (MB)", 6, [4])] if rank == 0 else [])
+
+
+def test_a_damaged_source_and_a_full_disk_are_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    conversion = Conversion(source=Path("a"), output=Path("b"), to="fsdp", hf_folder=Path("hf"), config=PretrainedConfig())
+
+    def damaged(given: Conversion) -> None:
+        raise CheckpointError("half a file")
+
+    monkeypatch.setattr(module, "Converter", damaged)
+    with pytest.raises(ConfigError, match=r"^half a file$"):
+        module._run(conversion)
+
+    def full(ranks: Ranks, advance: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "Converter", lambda given: SimpleNamespace(nbytes=1, run=full))
+    with pytest.raises(OutputError, match=r"^the output b cannot be written to"):
+        module._run(conversion)
