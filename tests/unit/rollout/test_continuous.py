@@ -88,7 +88,7 @@ def versions_of(rollout):
     return {prompts_of([one]): one.samples[0].weight_versions for one in rollout.groups}
 
 
-def test_with_bound_0_rollouts_are_generated_in_turn():
+def test_with_bound_0_rollouts_are_generated_in_turn(caplog):
     engine = FakeEngine(write_ok)
     with open_stream(engine, staleness=0) as stream:
         for rollout_id, letters in enumerate(("ab", "cd", "ef")):
@@ -97,6 +97,7 @@ def test_with_bound_0_rollouts_are_generated_in_turn():
             assert len(engine.requests) == 2 * rollout_id + 2
             assert versions_of(rollout) == dict.fromkeys(letters, [rollout_id] * 2)
             publish(stream, engine, rollout_id + 1)
+    assert caplog.messages == [], "nothing is worth a warning"
 
 
 @pytest.mark.parametrize("mode", ["in_place", "retract"])

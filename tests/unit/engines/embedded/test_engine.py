@@ -16,7 +16,7 @@ from qwench.engines.embedded.engine import EmbeddedEngine
 from qwench.engines.embedded.scheduling import stopping
 from qwench.engines.embedded.scheduling.request import RunningRequest
 from qwench.engines.protocol import FinishReason, MemoryTag
-from qwench.errors import ConfigError, EngineError
+from qwench.errors import ConfigError, EngineError, WeightSyncError
 from qwench.models.built_tokenizers import build_small_tokenizer
 from tests.contract.engine_hosts import (
     EOS,
@@ -30,6 +30,7 @@ from tests.contract.engine_hosts import (
     reference_log_probs,
     settings_of,
 )
+from tests.deadlines import patient
 
 
 def test_inline_engine_repeats_itself_to_the_bit():
@@ -167,6 +168,24 @@ def test_weights_that_are_adopted_have_their_version_and_none_of_the_prefixes_of
     assert asyncio.run(scenario()) == [([0], False), ([0], True), ([9], False), ([11], True)]
 
 
+def test_requests_that_waited_for_weights_go_on_with_those_that_are_adopted():
+    model = make_model("qwen3")
+
+    async def scenario():
+        engine = make_engine(model)
+        waiting = asyncio.ensure_future(engine.generate(ask("r", prompt_of(5), max_new_tokens=9, ignore_eos=True)))
+        await asyncio.sleep(0)
+        assert (await engine.stats()).num_waiting == 1
+        with pytest.raises(WeightSyncError):
+            await engine.update_weights([[("unknown", torch.zeros(1))]], version=1)
+        await engine.adopt_weights(dict(model.named_parameters()), version=2)
+        result = await asyncio.wait_for(waiting, patient(20))
+        await engine.close()
+        return result.weight_versions
+
+    assert asyncio.run(scenario())[-1] == 2
+
+
 def test_request_id_in_use_is_refused():
     async def scenario():
         engine = make_engine(make_model("qwen3"))
@@ -234,10 +253,15 @@ def test_each_kind_of_memory_is_given_back_alone():
         await engine.sleep([MemoryTag.KV_CACHE])
         assert (num_caches(), await engine.health()) == (others, True)
         await engine.wake([MemoryTag.KV_CACHE])
+        assert num_caches() == others + 1, "the memory is taken at once, not by the first request"
         after = await engine.generate(request)
         await engine.sleep([MemoryTag.WEIGHTS])
         assert (num_caches(), await engine.health()) == (others + 1, False)
+        await engine.update_weights([list(model.state_dict().items())], version=1)
+        stats = await engine.stats()
+        assert (stats.num_running, stats.num_waiting, stats.num_pages) == (0, 0, stats.num_free_pages)
         await engine.close()
+        assert not engine._weights.ready, "its weights are given back"
         return before, after
 
     before, after = asyncio.run(scenario())
