@@ -7,6 +7,7 @@ import pytest
 from qwench.config.sections.agent import AgentConfig
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
+from qwench.config.sections.convert import ConvertConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.debug import DebugConfig
 from qwench.config.sections.distillation import DistillationConfig
@@ -32,7 +33,10 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
     ("fact", "section", "value"),
     [
         ("served_at", AgentConfig(), ("127.0.0.1", 0)),
+        *(("served_at", AgentConfig(session_server_port=(port,)), ("127.0.0.1", port)) for port in (0, 65_535)),
         ("served_at", AgentConfig(session_server_ip="10.0.0.1", session_server_port=(8000,)), ("10.0.0.1", 8000)),
+        ("early_stopping", CheckpointConfig(save=Path("run"), save_retain_interval=7), None),
+        ("early_stopping", CheckpointConfig(save=Path("run"), save_retain_interval=8, save_interval=4), None),
         ("takes_entropy", AlgorithmConfig(), False),
         ("takes_entropy", AlgorithmConfig(entropy_coef=-0.1), True),
         ("takes_entropy", AlgorithmConfig(observe_training_entropy=True), True),
@@ -217,3 +221,23 @@ def test_a_call_for_help_needs_no_file():
     assert split_file(["a.jsonl", "--help"]) == (Path("a.jsonl"), ["--help"])
     with pytest.raises(ConfigError, match="a file is missing; usage: qwench reward check FILE"):
         split_file(["--rm-type", "math"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ({"to": "fp8"}, None), ({"to": "hf", "verify": True}, None), ({"to": "lora", "lora_rank": 2}, None),
+        ({"to": "lora"}, "--to lora and --lora-rank go together: the rank is that of the adapter to write"),
+        ({"to": "hf", "lora_rank": 2}, "--to lora and --lora-rank go together: the rank is that of the adapter to write"),
+        ({"to": "fp8", "verify": True}, "--verify compares logits bit by bit, and those of --to fp8 are others; leave it out"),
+        ({"to": "lora", "lora_rank": 2, "verify": True}, "--verify compares logits bit by bit, and those of --to lora are"),
+    ],
+)  # fmt: skip
+def test_a_conversion_has_a_rank_for_an_adapter_and_equal_logits_to_verify(flags, problem):
+    places = {"input": Path("a"), "output": Path("b")}
+    if problem is None:
+        assert ConvertConfig(**places, **flags).to == flags["to"]
+        return
+    with pytest.raises(ConfigError) as refused:
+        ConvertConfig(**places, **flags)
+    assert str(refused.value).startswith(problem)

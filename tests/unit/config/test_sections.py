@@ -27,6 +27,7 @@ SECTIONS = (AlgorithmConfig, DebugConfig, EngineConfig, EvalConfig, OptimizerCon
 PRICED = {"overlong_buffer_len": 8}
 SERVED = {"use_opd": True, "opd_type": "sglang"}
 LOADED = {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": Path("teacher")}
+OF_ENGINE = {"use_rollout_logprobs": True}
 REFUSED = [
     (RolloutConfig, {"rollout_temperature": 0.0}, "--rollout-temperature must be greater than 0, got 0.0"),
     (RolloutConfig, {"rollout_temperature": float("nan")}, "--rollout-temperature must be greater than 0"),
@@ -122,30 +123,30 @@ REFUSED = [
     (AlgorithmConfig, {"gamma": 0.9}, "--gamma (0.9) has no effect on grpo"),
     (AlgorithmConfig, {"use_unbiased_kl": True}, "--use-unbiased-kl has no effect without --use-kl-loss"),
     (AlgorithmConfig, {"ref_update_interval": 2}, "--ref-update-interval (2) has no effect without a reference"),
-    (AlgorithmConfig, {"tis_level": "sequence"}, "--tis-level sequence has no effect without --use-tis"),
+    (AlgorithmConfig, {"tis_level": "sequence"}, "--tis-level sequence has no effect without --use-tis; add it"),
     (AlgorithmConfig, {"tis_lower_bound": 0.5, "use_tis": True}, "--tis-lower-bound 0.5 has no effect without --tis-mode clip"),
     (
         AlgorithmConfig,
         {"tis_clip_low": 0.5, "use_tis": True, "tis_mode": "mask"},
         "--tis-clip-low 0.5 has no effect without --use-tis and --tis-mode truncate or icepop",
     ),
-    (AlgorithmConfig, {"tis_batch_normalize": True}, "--tis-batch-normalize True has no effect without --use-tis"),
+    (AlgorithmConfig, {"tis_batch_normalize": True}, "--tis-batch-normalize True has no effect without --use-tis; add it"),
     (
         AlgorithmConfig,
         {"use_tis": True, "tis_level": "geometric", "tis_batch_normalize": True},
         "--tis-batch-normalize has no mean for --tis-level geometric",
     ),
-    (AlgorithmConfig, {"rs_veto_threshold": 0.1}, "--rs-veto-threshold 0.1 has no effect without --use-rs"),
-    (AlgorithmConfig, {"use_rs": True, "use_rollout_logprobs": True}, "--use-rollout-logprobs leaves nothing for --use-rs"),
+    (AlgorithmConfig, {"rs_veto_threshold": 0.1}, "--rs-veto-threshold 0.1 has no effect without --use-rs; add it"),
+    (AlgorithmConfig, {"use_rs": True, **OF_ENGINE}, "--use-rollout-logprobs leaves nothing for --use-rs to correct"),
     (AlgorithmConfig, {"use_rs": True, "rs_lower_bound": 3.0}, "--rs-lower-bound (3) must be less than --rs-upper-bound (2)"),
     (
         AlgorithmConfig,
         {"use_tis": True, "tis_mode": "clip", "tis_lower_bound": 2.0},
         "--tis-lower-bound (2) must be less than --tis-clip (2)",
     ),
-    (AlgorithmConfig, {"tis_mode": "icepop"}, "--tis-mode icepop has no effect without --use-tis"),
-    (AlgorithmConfig, {"tis_clip": 3.0}, "--tis-clip 3.0 has no effect without --use-tis"),
-    (AlgorithmConfig, {"tis_clip_low": 0.5}, "--tis-clip-low 0.5 has no effect without --use-tis"),
+    (AlgorithmConfig, {"tis_mode": "icepop"}, "--tis-mode icepop has no effect without --use-tis; add it"),
+    (AlgorithmConfig, {"tis_clip": 3.0}, "--tis-clip 3.0 has no effect without --use-tis; add it"),
+    (AlgorithmConfig, {"tis_clip_low": 0.5}, "--tis-clip-low 0.5 has no effect without --use-tis and --tis-mode"),
     (AlgorithmConfig, {"opsm_delta": 0.5}, "--opsm-delta 0.5 has no effect without --use-opsm"),
     (AlgorithmConfig, {"advantage_estimator": "rloo", "disable_grpo_std_normalization": True}, "--disable-grpo-std-"),
     (
@@ -154,7 +155,7 @@ REFUSED = [
         "--disable-rewards-normalization has no effect on reinforce_plus_plus",
     ),
     (AlgorithmConfig, {"kl_loss_coef": 0.2}, "--kl-loss-coef (0.2) has no effect without --use-kl-loss"),
-    (AlgorithmConfig, {"use_tis": True, "use_rollout_logprobs": True}, "--use-rollout-logprobs leaves nothing for --use-tis"),
+    (AlgorithmConfig, {"use_tis": True, **OF_ENGINE}, "--use-rollout-logprobs leaves nothing for --use-tis to correct"),
     (AlgorithmConfig, {"tis_clip": 2.0, "tis_clip_low": 3.0}, "--tis-clip-low (3.0) is greater than --tis-clip (2.0)"),
     (AlgorithmConfig, {"advantage_estimator": "grp0"}, "unknown --advantage-estimator 'grp0'; known: grpo, gspo"),
     (AlgorithmConfig, {"sapo_tau_pos": 2.0}, "--sapo-tau-pos (2.0) has no effect with --advantage-estimator grpo; it is"),
