@@ -23,7 +23,8 @@ from qwench.config.sections.verbs import ServerConfig
 from qwench.errors import ConfigError
 
 POSITIVE = """
-actor-num-gpus-per-node actor-num-nodes adam-eps async-max-concurrent-samples critic-lr curriculum-retry-epochs
+actor-num-gpus-per-node actor-num-nodes adam-eps async-max-concurrent-samples critic-lr critic-num-nodes
+critic-num-gpus-per-node curriculum-retry-epochs
 debug-exit-after-rollout dr-grpo-length dynamic-sampling-max-rounds embedded-kv-cache-tokens embedded-max-running-requests
 embedded-page-size embedded-prefill-chunk-tokens engine-start-timeout eps-clip eps-clip-high eval-interval
 eval-max-context-len eval-max-in-flight eval-max-prompt-len eval-max-response-len generate-max-turns global-batch-size
@@ -233,3 +234,15 @@ def test_an_engine_is_found_by_host_and_port(address):
         EngineConfig(rollout_external_engine_addrs=("a:1", address))
     assert str(caught.value) == f"--rollout-external-engine-addrs must be host:port, got {address!r}"
     EngineConfig(rollout_external_engine_addrs=("a:1", "http://b:2/", "[::1]:3"))
+
+
+@pytest.mark.parametrize(
+    ("band", "fits"),
+    [((0.0, 1.0), True), ((0.5, 0.5), True), ((0.6, 0.5), False), ((-0.1, 0.5), False), ((0.5, 1.1), False), ((0.5,), False)],
+)
+def test_a_band_of_pass_rates_lies_between_none_and_all(band, fits):
+    if fits:
+        assert DataConfig(curriculum_band=band).curriculum_band == band
+        return
+    said = f"--curriculum-band must be two numbers from 0 to 1, the lower first, got {' '.join(f'{x:g}' for x in band)}"
+    assert refusal("curriculum-band", band) == said
