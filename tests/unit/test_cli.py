@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shlex
 import signal
@@ -378,3 +379,17 @@ def test_a_rank_that_is_no_number_is_named(capsys, recipe, monkeypatch):
     monkeypatch.setenv("RANK", "first")
     assert run("train", *recipe, "--rm-type", "math", "--dry-run") == 2
     assert "the environment variable RANK is 'first', which is no number; unset it." in capsys.readouterr().err
+
+
+def test_a_stream_that_the_shell_closed_is_there_for_programs_that_a_verb_starts(monkeypatch):
+    inherited, kept = [], os.dup(1)
+    for name in ("stdout", "__stdout__"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    os.close(1)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([], command=lambda words: inherited.append(os.get_inheritable(1)))
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+    assert (inherited, ended.value.code) == ([True], 0)
