@@ -1,7 +1,8 @@
 """What an evaluation checks and starts, which folder it may write its results into, and what it writes there."""
 
 import json
-from collections.abc import Callable
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,16 +10,19 @@ from types import SimpleNamespace
 import pytest
 
 from qwench.config.config import Config
-from qwench.config.config_text import flag_values
+from qwench.config.plan import RunPlan
 from qwench.config.sections.evaluation import EvalConfig
-from qwench.config.sections.logging import LoggingConfig
+from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.errors import ConfigError
+from qwench.files import LOCK
 from qwench.launch import evaluation
-from qwench.launch.evaluation import _write_results, own_eval_folder
+from qwench.launch.evaluation import own_eval_folder
 from qwench.launch.inputs import Inputs
+from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.rollout.evaluate import EvalResult
 from qwench.samples import Group, Prompt, Sample
+from tests.fakes.console import RecordingConsole
 from tests.unit.launch.test_generation import eval_settings
 from tests.unit.launch.test_placement import inputs_of
 
@@ -46,126 +50,196 @@ def test_a_folder_of_other_files_is_refused_and_the_lock_of_this_evaluation_is_n
         own_eval_folder(tmp_path, FLAGS, writes=True)
 
 
-def test_metrics_and_a_line_for_each_response_are_written(tmp_path: Path) -> None:
-    samples = [
-        Sample(prompt=Prompt(text=text, token_ids=(1,)), sample_id=i, group_id=0, response="b", reward=1.0)
-        for i, text in enumerate("xy")
-    ]
-    _write_results(tmp_path, {"eval/one": 0.5}, [EvalResult(name="one", groups=[Group(group_id=0, samples=samples)])])
-    assert json.loads((tmp_path / "metrics.json").read_text()) == {"eval/one": 0.5}
-    lines = (tmp_path / "one.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [json.loads(json.dumps(sample.to_record())) for sample in samples]
+class Started:
+    """Stands for the engines of an evaluation: keeps what they are made of, what they answer, and whether they run."""
 
+    def __init__(self) -> None:
+        self.running, self.made, self.prompts, self.logs = False, [], {}, []
+        self.engines, self.console = "engines", RecordingConsole()
 
-SETS = (eval_settings(name="one", path="a.jsonl", n_samples_per_eval_prompt=3), eval_settings(name="two", path="b.jsonl"))
-
-
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Replace what reads, checks and starts by names; return what was done, in order."""
-    done: list[object] = []
-
-    def keep(name: str, result: object = None) -> Callable[..., object]:
-        def act(*given: object, **options: object) -> object:
-            done.append((name, *given, *([options] if options else [])))
-            return result
+    def make(self, part: str):
+        def act(inputs: Inputs, *given: object, **options: object) -> tuple[str, str]:
+            assert isinstance(inputs, Inputs)
+            self.made.append((part, options))
+            return "servers", "token"
 
         return act
 
-    loaded = {one.name: SimpleNamespace(prompts=[one.name] * 2) for one in SETS}
-    monkeypatch.setattr(evaluation, "read_eval_prompts", lambda inputs: loaded)
-    evaluator = SimpleNamespace(
-        run=keep("run", [RESULT]), summarize=keep("summarize", {"eval/one": 0.5}), evaluate=keep("evaluate", {"eval/one": 0.25})
-    )
-    generation = SimpleNamespace(close=keep("close"), evaluator=keep("evaluator", evaluator), engines="engines")
-    results = {
-        "make_servers": ("servers", "token"), "open_processes": "processes", "build_generation": generation,
-    }  # fmt: skip
-    for name in (
-        "open_driver_log", "check_imports", "load_user_functions", "check_prompts", "check_ready", "own_results",
-        "own_eval_folder", *results,
-    ):  # fmt: skip
-        monkeypatch.setattr(evaluation, name, keep(name, results.get(name)))
-    return done
+    def build(self, inputs: Inputs, **options: object) -> "Started":
+        self.running = True
+        self.made.append(("generation", options))
+        return self
+
+    def close(self) -> None:
+        self.running = False
+
+    def evaluator(self, prompts: dict[str, list[Prompt]]) -> SimpleNamespace:
+        self.prompts = {name: [prompt.text for prompt in rows] for name, rows in prompts.items()}
+        return SimpleNamespace(
+            run=self.run, summarize=lambda results: {"eval/one": 0.5}, evaluate=lambda engines: {"eval/one": 0.25}
+        )
+
+    def run(self, engines: str) -> list[EvalResult]:
+        assert self.running and engines == "engines"
+        return [EvalResult(name="one", groups=[Group(group_id=0, samples=SAMPLES)])]
 
 
-RESULT = EvalResult(name="one", groups=[])
+SAMPLES = [
+    Sample(prompt=Prompt(text=text, token_ids=(1,)), sample_id=i, group_id=0, response="b", reward=1.0)
+    for i, text in enumerate("xy")
+]
 
 
-def inputs_with(**section: object) -> Inputs:
-    config = Config(
-        evaluation=EvalConfig(**section), rollout=RolloutConfig(rollout_batch_size=2), logging=LoggingConfig(log_level="debug")
-    )
-    inputs = inputs_of(config)
-    return replace(inputs, plan=replace(inputs.plan, eval_sets=SETS))
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    """Replace what needs a model or a machine: reading the checkpoint, the checks of the machine, and the engines."""
+    tokenizer = build_small_tokenizer()
 
+    def read(config: Config, plan: RunPlan) -> Inputs:
+        return replace(inputs_of(config), plan=plan, console=engines.console, tokenizer=tokenizer)
 
-def names(done: list[object]) -> list[object]:
-    return [one[0] for one in done]
-
-
-def test_an_evaluation_checks_then_starts_then_writes(
-    said: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inputs = inputs_with(eval_output=tmp_path)
-    monkeypatch.setattr(evaluation, "read_inputs", lambda config, plan: inputs if plan == "plan" else None)
+    engines = Started()
+    monkeypatch.setattr(evaluation, "read_inputs", read)
     monkeypatch.setattr(evaluation, "describe_model", lambda inputs: "the model")
-    evaluation.check(inputs.config, "plan")
-    flags = flag_values(inputs.config)
-    prompts = {"one": ["one"] * 2, "two": ["two"] * 2}
-    checked = [
-        ("check_imports", inputs.config, SETS),
-        ("load_user_functions", inputs.config),
-        *(("check_prompts", inputs.reward_of(one), prompts[one.name], {"may_come_graded": False}) for one in SETS),
-        ("own_eval_folder", tmp_path, flags, {"writes": False}),
-    ]
-    assert said[:-1] == checked and said[-1][:2] == ("check_ready", inputs)
-    assert list(said[-1][2]["prompts"]) == [*prompts.values()] and said[-1][2].keys() == {"prompts"}
-    said.clear()
-    monkeypatch.setattr(evaluation, "read_inputs", lambda config, plan: inputs if plan is inputs.plan else None)
-    evaluation.evaluate(inputs.config, inputs.plan)
-    assert said[0] == ("open_driver_log", "debug", inputs.console)
-    started = said[7][2]
-    assert names(said)[:7] == ["open_driver_log", *names(checked), "check_ready"] and said[7:] == [
-        ("own_results", tmp_path, started),
-        ("own_eval_folder", tmp_path, flags, {"writes": True}),
-        ("open_processes", inputs, started),
-        ("make_servers", inputs, "processes", {"with_weights": True}),
-        ("build_generation", inputs, {"with_weights": True, "servers": "servers", "token": "token"}),
-        ("evaluator", prompts),
-        ("run", "engines"),
-        ("summarize", [RESULT]),
-        ("close",),
-    ]
-    assert inputs.console.lines == [
-        "model     the model",
-        "one       a.jsonl: 2 prompts x 3",
-        "two       b.jsonl: 2 prompts x 1",
-        "evaluation: one 0.5",
-        f"written   {tmp_path}: metrics.json, and a file of responses for each set",
-    ]
-    assert json.loads((tmp_path / "metrics.json").read_text()) == {"eval/one": 0.5}
+    monkeypatch.setattr(evaluation, "check_ready", lambda inputs, *, prompts: [len(rows) for rows in prompts])
+    monkeypatch.setattr(evaluation, "open_driver_log", lambda *given: engines.logs.append(given))
+    monkeypatch.setattr(evaluation, "open_processes", engines.make("processes"))
+    monkeypatch.setattr(evaluation, "make_servers", engines.make("servers"))
+    monkeypatch.setattr(evaluation, "build_generation", engines.build)
+    return engines
 
 
-def test_an_evaluation_of_the_user_gives_metrics_alone(said: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = inputs_with(eval_function_path="a.b")
-    monkeypatch.setattr(evaluation, "read_inputs", lambda config, plan: inputs)
-    evaluation.evaluate(inputs.config, inputs.plan)
-    assert names(said) == [
-        "open_driver_log", "check_imports", "load_user_functions", "check_prompts", "check_prompts", "check_ready",
-        "open_processes", "make_servers", "build_generation", "evaluator", "evaluate", "close",
+def evaluation_of(folder: Path, *, rm_type: str = "math", labels: tuple[str, ...] = ("1", "2"), **section: object):
+    """Return the configuration and plan of an evaluation of two sets, the second of two rows."""
+    rows = [json.dumps({"prompt": f"question {label}", "label": label}) + "\n" for label in labels]
+    (folder / "a.jsonl").write_text(rows[0])
+    (folder / "b.jsonl").write_text("".join(rows))
+    sets = tuple(
+        eval_settings(
+            name=name, path=str(folder / file), n_samples_per_eval_prompt=count, input_key="prompt", label_key="label",
+        )
+        for name, file, count in (("one", "a.jsonl", 3), ("two", "b.jsonl", 1))
+    )  # fmt: skip
+    config = Config(
+        evaluation=EvalConfig(**section), rollout=RolloutConfig(rollout_batch_size=2), reward=RewardConfig(rm_type=rm_type)
+    )
+    return config, replace(inputs_of(config).plan, eval_sets=sets)
+
+
+def test_an_evaluation_says_and_writes_its_metrics_and_every_response(started: Started, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = evaluation_of(tmp_path, eval_output=out)
+    evaluation.check(*given)
+    assert not out.exists() and not started.made
+    for _ in range(2):  # it may replace its own results
+        evaluation.evaluate(*given)
+        assert started.prompts == {"one": ["question 1"], "two": ["question 1", "question 2"]} and not started.running
+        assert started.console.lines[-5:] == [
+            "model     the model",
+            f"one       {tmp_path}/a.jsonl: 1 prompt x 3",
+            f"two       {tmp_path}/b.jsonl: 2 prompts x 1",
+            "evaluation: one 0.5",
+            f"written   {out}: metrics.json, and a file of responses for each set",
+        ]
+        assert json.loads((out / "metrics.json").read_text()) == {"eval/one": 0.5}
+        lines = (out / "one.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == [json.loads(json.dumps(sample.to_record())) for sample in SAMPLES]
+    assert started.logs == [("info", started.console)] * 2
+    with_weights = {"with_weights": True}
+    assert started.made[1:3] == [
+        ("servers", with_weights), ("generation", {**with_weights, "servers": "servers", "token": "token"}),
     ]  # fmt: skip
-    assert said[-2] == ("evaluate", "engines") and inputs.console.lines[-1] == "evaluation: one 0.25"
 
 
-def test_rewards_that_do_not_fit_a_set_are_refused_with_its_name(said: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    sets = (SETS[0], replace(SETS[1], custom_generate_function_path="a.b"))
-    inputs = inputs_with()
+def test_an_evaluation_of_the_user_gives_metrics_alone(
+    started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = evaluation_of(tmp_path, eval_output=tmp_path / "out", eval_function_path="a.b")
+    for name in ("check_imports", "load_user_functions"):  # there is no such function
+        monkeypatch.setattr(evaluation, name, lambda config, *sets: None)
+    evaluation.evaluate(*given)
+    assert "evaluation: one 0.25" in started.console.lines and not started.running
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"metrics.json"}
+    assert not (tmp_path / "out" / "one.jsonl").exists()
 
-    def refuse(reward: object, prompts: list[str], *, may_come_graded: bool) -> None:
-        if may_come_graded:
-            raise ConfigError(f"no label in {prompts[0]}")
 
-    monkeypatch.setattr(evaluation, "check_prompts", refuse)
-    with pytest.raises(ConfigError, match=r"two.*: no label in two"):
-        evaluation._check(replace(inputs, plan=replace(inputs.plan, eval_sets=sets)))
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ({"rm_type": "no-such"}, "^--rm-type 'no-such' is unknown"),
+        ({"labels": ("1", "")}, "evaluation set two: .*label"),
+        ({"eval_output": "taken"}, "--eval-output .*holds files that no evaluation wrote"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts_or_is_written(
+    started: Started, tmp_path: Path, faults: dict[str, object], said: str
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").touch()
+    out = tmp_path / str(faults.get("eval_output", "out"))
+    given = evaluation_of(tmp_path, **faults | {"eval_output": out})
+    for act in (evaluation.check, evaluation.evaluate):
+        with pytest.raises(ConfigError, match=said):
+            act(*given)
+    assert not started.made and not (tmp_path / "out").exists() and not (out / "qwench_eval.json").exists()
+
+
+def test_what_the_machine_lacks_is_found_before_anything_starts(
+    started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(inputs: Inputs, *, prompts: object) -> None:
+        raise ConfigError(f"sets of {[len(rows) for rows in prompts]}")
+
+    monkeypatch.setattr(evaluation, "check_ready", refuse)
+    for act in (evaluation.check, evaluation.evaluate):
+        with pytest.raises(ConfigError, match=r"^sets of \[1, 2\]$"):
+            act(*evaluation_of(tmp_path))
+    assert not started.made
+
+
+def test_a_reward_need_not_be_named_where_a_generate_function_may_set_it(
+    started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("check_imports", "load_user_functions"):  # there is no such function
+        monkeypatch.setattr(evaluation, name, lambda config, *sets: None)
+    config, plan = evaluation_of(tmp_path)
+    config, (one, two) = replace(config, reward=RewardConfig()), plan.eval_sets
+    two = replace(two, custom_generate_function_path="a.b")
+    evaluation.check(config, replace(plan, eval_sets=(two,)))
+    with pytest.raises(ConfigError, match="evaluation set one: "):
+        evaluation.check(config, replace(plan, eval_sets=(two, one)))
+
+
+TRY_LOCK = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+
+
+def is_locked(folder: Path) -> bool:
+    """Tell whether another process cannot have the folder."""
+    return subprocess.run([sys.executable, "-c", TRY_LOCK, str(folder / LOCK)], stderr=subprocess.DEVNULL).returncode != 0
+
+
+def test_a_folder_that_another_evaluation_has_is_not_marked(
+    started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path, held: object) -> None:
+        raise ConfigError(f"{folder} is in use")
+
+    monkeypatch.setattr(evaluation, "own_results", refuse)
+    with pytest.raises(ConfigError, match="is in use"):
+        evaluation.evaluate(*evaluation_of(tmp_path, eval_output=tmp_path / "out"))
+    assert not started.made and not (tmp_path / "out").exists()
+
+
+def test_engines_end_and_the_folder_is_free_where_an_evaluation_fails(started: Started, tmp_path: Path) -> None:
+    given = evaluation_of(tmp_path, eval_output=tmp_path / "out")
+    locked = []
+
+    def fail(engines: str) -> None:
+        locked.append(is_locked(tmp_path / "out"))
+        raise ValueError("lost")
+
+    started.run = fail
+    with pytest.raises(ValueError, match="lost"):
+        evaluation.evaluate(*given)
+    assert not started.running and not (tmp_path / "out" / "metrics.json").exists()
+    assert locked == [True] and not is_locked(tmp_path / "out")
