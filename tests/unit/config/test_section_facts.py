@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from qwench.config.layout import ParallelLayout
 from qwench.config.sections.agent import AgentConfig
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
@@ -14,6 +15,7 @@ from qwench.config.sections.distillation import DistillationConfig
 from qwench.config.sections.engine import EngineConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.foreign import ForeignConfig
+from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.lora import LoraConfig
 from qwench.config.sections.optimizer import OptimizerConfig
 from qwench.config.sections.parallel import ParallelConfig
@@ -37,6 +39,26 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
         ("served_at", AgentConfig(session_server_ip="10.0.0.1", session_server_port=(8000,)), ("10.0.0.1", 8000)),
         ("early_stopping", CheckpointConfig(save=Path("run"), save_retain_interval=7), None),
         ("early_stopping", CheckpointConfig(save=Path("run"), save_retain_interval=8, save_interval=4), None),
+        (
+            "layout",
+            ParallelConfig(
+                tensor_model_parallel_size=2,
+                pipeline_model_parallel_size=3,
+                context_parallel_size=4,
+                decoder_first_pipeline_num_layers=5,
+                decoder_last_pipeline_num_layers=6,
+            ),
+            ParallelLayout(tp=2, pp=3, cp=4, sequence_parallel=True, first_stage_layers=5, last_stage_layers=6),
+        ),
+        ("layout", ParallelConfig(), ParallelLayout()),
+        ("prometheus_port", LoggingConfig(use_prometheus=True, prometheus_port=1), 1),
+        ("rollout_min_p", RolloutConfig(rollout_min_p=1.0), 1.0),
+        ("custom_config_path", ForeignConfig(custom_config_path=Path("a.yaml")), Path("a.yaml")),
+        (
+            "adam_beta1",
+            OptimizerConfig(use_precision_aware_optimizer=True, exp_avg_dtype="bf16", adam_beta1=1 - 2.0**-8),
+            1 - 2.0**-8,
+        ),
         ("takes_entropy", AlgorithmConfig(), False),
         ("takes_entropy", AlgorithmConfig(entropy_coef=-0.1), True),
         ("takes_entropy", AlgorithmConfig(observe_training_entropy=True), True),

@@ -25,6 +25,7 @@ from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
 from qwench.config.sections.timeouts import TimeoutConfig
 from qwench.config.sections.training import TrainingConfig
+from qwench.errors import QwenchError
 from qwench.launch import trainer
 from qwench.launch.inputs import Inputs
 from qwench.observability.timing import PhaseTimer
@@ -350,6 +351,23 @@ def test_columns_are_made_by_the_functions_of_the_flags(monkeypatch: pytest.Monk
     )
     tunes = of(rollout=inputs.config.rollout, algorithm=AlgorithmConfig(loss_type="sft_loss"))
     assert trainer._make_columns(tunes, "method", SimpleNamespace)[1]["truncated"] is False
+
+
+def ours(samples: object) -> None:
+    raise ValueError("no mean")
+
+
+def theirs(args: object, samples: object) -> None:
+    raise ValueError("no mean")
+
+
+@pytest.mark.parametrize("name", ["ours", "theirs"])
+def test_a_users_normalisation_fails_in_one_line_in_either_convention(name: str) -> None:
+    path = f"tests.unit.launch.test_trainer.{name}"
+    config = of(reward=RewardConfig(custom_reward_post_process_path=path)).config
+    normalise = trainer.load_post_process(config, SimpleNamespace)
+    with pytest.raises(QwenchError, match=rf"^--custom-reward-post-process-path '{path}' failed: ValueError: no mean \("):
+        normalise([])
 
 
 @pytest.mark.parametrize(("rank", "members"), [(1, range(2)), (2, range(2, 3))])

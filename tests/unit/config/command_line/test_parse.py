@@ -8,7 +8,7 @@ import pytest
 from qwench.config.command_line.parse import parse_flags, parse_run
 from qwench.config.config import Config
 from qwench.config.sections.engine import EngineConfig
-from qwench.config.sections.verbs import MakeModelConfig, split_file
+from qwench.config.sections.verbs import MakeModelConfig, split_file, split_names
 from qwench.errors import ConfigError
 
 
@@ -88,6 +88,8 @@ def test_help_lists_the_flags_of_every_section_and_ends_the_process(capsys):
 def test_the_file_stands_in_front_of_the_flags():
     assert split_file(["f.jsonl", "--rm-type", "math"]) == (Path("f.jsonl"), ["--rm-type", "math"])
     assert split_file(["--help"])[1] == ["--help"]
+    assert split_names(["a/b", "c/d", "--output", "e"]) == (["a/b", "c/d"], ["--output", "e"])
+    assert split_names(["a/b"]) == (["a/b"], []) and split_names(["--output"]) == ([], ["--output"])
     with pytest.raises(ConfigError, match="a file is missing; usage: qwench reward check FILE --rm-type NAME"):
         split_file(["--rm-type", "math"])
 
