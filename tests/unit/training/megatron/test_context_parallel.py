@@ -41,7 +41,7 @@ def test_one_rank_keeps_the_sequences_as_they_are():
 
 
 @given(lengths=LENGTHS, cp_size=CP_SIZES, multiple_of=MULTIPLES)
-@settings(max_examples=100)
+@settings(max_examples=40)
 def test_every_token_has_one_place_and_its_own_position(lengths, cp_size, multiple_of):
     ranks = _all_ranks(lengths, cp_size, multiple_of)
     num_tokens = sum(lengths)
@@ -55,7 +55,7 @@ def test_every_token_has_one_place_and_its_own_position(lengths, cp_size, multip
 
 
 @given(lengths=LENGTHS, cp_size=CP_SIZES, multiple_of=MULTIPLES)
-@settings(max_examples=100)
+@settings(max_examples=40)
 def test_ranks_have_equal_tokens_and_equal_work(lengths, cp_size, multiple_of):
     ranks = _all_ranks(lengths, cp_size, multiple_of)
     [local_tokens] = {len(rank.source) for rank in ranks}
@@ -73,7 +73,7 @@ def _scores(split):
 
 
 @given(lengths=LENGTHS, cp_size=CP_SIZES, multiple_of=MULTIPLES)
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_attention_over_the_ranks_equals_attention_on_one(lengths, cp_size, multiple_of):
     draw = torch.Generator().manual_seed(sum(lengths))
     num_tokens = sum(lengths)
