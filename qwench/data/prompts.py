@@ -153,8 +153,6 @@ class PromptSource:
 class NoPrompts:
     """The source of a run without a data set (--disable-rollout-global-dataset): it has no group to give."""
 
-    epoch = 0
-
     def next_groups(self, n: int) -> list[Group]:
         """Return nothing where nothing is asked for.
 
