@@ -220,7 +220,7 @@ def plain_loop(
                 log_probs[-response:], entropy[-response:], batch.old_log_probs[i], batch.advantages[i]
             )
             if mask.any():
-                loss = loss + token_losses[mask].mean() / len(batch)
+                loss = loss + token_losses[mask].mean() / len(batch.tokens)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, CLIP_GRAD)
         for group in optimizer.param_groups:
