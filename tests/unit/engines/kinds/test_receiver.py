@@ -159,6 +159,7 @@ def test_a_receiver_speaks_to_its_address_and_has_one_rank():
     address = EngineAddress(base_url="http://a:1", token="secret", kind="embedded", placement=HERE)
     receiver = HttpReceiver(address, timeout_s=1.0)
     assert (receiver.address, receiver.engine.address, receiver.num_ranks) == (address, address, 1)
+    assert asyncio.run(receiver.placement()) == HERE
 
 
 def test_the_connection_is_closed():

@@ -92,7 +92,9 @@ def test_a_folder_is_loaded_by_its_path_and_version(caches):
     assert server.requests == [("/update_weights_from_disk", body, 50.0)]
 
 
-def test_an_offer_is_a_pickle_of_the_buffers_file_and_where_each_tensor_lies():
+def test_an_offer_is_a_pickle_of_the_buffers_file_and_where_each_tensor_lies(monkeypatch):
+    waited: list[SharedBuffer] = []
+    monkeypatch.setattr(SharedBuffer, "wait_for_writes", lambda self: waited.append(self))
     entries = entries_of(BUCKET)
     buffer = SharedBuffer.allocate(size_bytes(entries) + 64, torch.device("cpu"))
     try:
@@ -102,6 +104,7 @@ def test_an_offer_is_a_pickle_of_the_buffers_file_and_where_each_tensor_lies():
         flat = found["flattened_tensor"].clone()
     finally:
         buffer.close()
+    assert waited == [buffer], "what was written is there"
     assert flat.dtype == torch.uint8 and flat.numel() == size_bytes(entries)
     for one, (name, tensor) in zip(found["metadata"], BUCKET, strict=True):
         assert (one.name, one.shape, one.dtype, one.numel) == (name, tensor.shape, torch.bfloat16, one.end_idx - one.start_idx)
@@ -134,6 +137,8 @@ def test_weights_are_confirmed_by_version_and_by_every_hash_of_every_rank():
         match=r"version 7: tensor 'model.norm.weight' of engine s, tensor-parallel rank 1, has hash 5, .* \(1 of 2 differ\)\.$",
     ):
         confirm([rank(0), broken])
+    with pytest.raises(WeightSyncError, match=r"tensor 'model.layers.0.mlp.down_proj.weight' of .* \(2 of 2 differ\)\.$"):
+        confirm(None)
     for absent in ([rank(0)], [rank(0), {"parallelism_info": {"tp_rank": 1}, "checksums": {}}]):
         with pytest.raises(WeightSyncError, match=r"rank 1, has hash None, .* \(2 of 2 differ\)"):
             confirm(absent)
