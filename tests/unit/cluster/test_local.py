@@ -131,6 +131,7 @@ def test_ranks_learn_save_and_give_their_weights(said: Said, launched: Launched,
 
     launched.group.close()
     assert [child.how_it_ended() for child in launched.ranks._children] == ["ended with exit code 0"] * 2
+    assert all(child.has_ended() for child in launched.ranks._children)
     assert said.lines == ["[rank 0] rank 0 is built"]
     assert set((tmp_path / "logs" / "rank_1.log").read_text().splitlines()) == {"rank 1 is built", "a library warns"}
     assert not launched.ranks._folder.exists()
