@@ -24,7 +24,7 @@ from qwench.observability.timing import PhaseTimer
 from qwench.rollout.evaluate_beside import EvaluationsBeside
 from qwench.rollout.probe import TEMPERATURE, GreedyProbe
 from qwench.samples import Rollout, Sample
-from qwench.training.learner import Learned
+from qwench.training.learner import Learned, ScoringModel
 from qwench.training.memory_probe import MemoryProbe
 from qwench.training.process_group import agree_on_largest
 from qwench.weights.publisher import Devices, PublishedModel, Publisher
@@ -76,7 +76,7 @@ class LearnerProtocol(Protocol):
         """Improve the policy on one rollout."""
         ...
 
-    def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
+    def log_probs(self, samples: Sequence[Sample], temperature: float, model: ScoringModel = "policy") -> list[list[float]]:
         """Return the log-probs [R] of each sample's response."""
         ...
 

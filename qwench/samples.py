@@ -87,6 +87,9 @@ class Sample:
     """[R] of a teacher on a server at temperature 1; empty without one."""
     teacher_kl: list[float] = field(default_factory=list)
     """[R] reverse KL to the teacher over the likeliest tokens; empty without --opd-log-prob-top-k."""
+    ref_log_probs: list[float] = field(default_factory=list, compare=False)
+    """[R] of the reference, where it scored this sample before the rollout was finished; else empty. In no record: a run that
+    reads it may have another reference."""
     response: str = ""
     status: Status = Status.PENDING
     verdict: Verdict | None = None
@@ -156,7 +159,7 @@ class Sample:
     def to_record(self) -> dict[str, Json]:
         """Return a JSON-compatible copy that `from_record` reads back equal."""
         # Not asdict, which visits every token of every column in Python.
-        copied = {one.name: copy(getattr(self, one.name)) for one in fields(self)}
+        copied = {one.name: copy(getattr(self, one.name)) for one in fields(self) if one.name != "ref_log_probs"}
         return {**copied, "prompt": asdict(self.prompt), "verdict": None if self.verdict is None else asdict(self.verdict)}
 
     @classmethod

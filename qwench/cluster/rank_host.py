@@ -17,7 +17,7 @@ from qwench.cluster.messages import Answer, Call, Failure
 from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample
 from qwench.training.critic_learner import CriticLearner
-from qwench.training.learner import Learned, Learner
+from qwench.training.learner import Learned, Learner, ScoringModel
 from qwench.training.process_group import leave_process_group
 from qwench.wire.portions import WeightBucket, WeightPart
 
@@ -64,9 +64,9 @@ class RankHost:
         times = {name: value for name, value in self._timer.take().items() if name not in _OF_THE_DRIVER}
         return Learned(metrics={**learned.metrics, **times}, steps=learned.steps)
 
-    def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]] | None:
+    def log_probs(self, samples: Sequence[Sample], temperature: float, model: ScoringModel) -> list[list[float]] | None:
         """Score the responses of samples."""
-        scored = self._held.log_probs(samples, temperature)
+        scored = self._held.log_probs(samples, temperature, model)
         return scored if self._is_main else None
 
     def open_weights(self, bucket_bytes: int, part: WeightPart) -> None:

@@ -23,12 +23,12 @@ from qwench.cluster.buckets import unpack
 from qwench.cluster.messages import Answer, Call, Death, Failure, RankReply
 from qwench.cluster.rank_host import BuildLearner
 from qwench.config.sections.timeouts import TimeoutConfig
-from qwench.errors import QwenchError, TrainingError
+from qwench.errors import QwenchError, TrainingError, counted
 from qwench.observability.console import Console
 from qwench.observability.processes import describe_silence, silent_processes, stacks_written
 from qwench.observability.waiting import waiting
 from qwench.samples import Rollout, Sample
-from qwench.training.learner import Learned
+from qwench.training.learner import Learned, ScoringModel
 from qwench.training.memory_probe import MemoryProbe
 from qwench.weights.plan import PublicationPlan
 from qwench.wire.addresses import EngineAddress
@@ -195,10 +195,10 @@ class RemoteLearner:
             learned: list[Learned] = self._group.call("learn", rollout, label=label, timeout_s=self._timeout_s)
             return learned[0] if self._first_critic_rank is None else learned[0].joined(learned[self._first_critic_rank])
 
-    def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
+    def log_probs(self, samples: Sequence[Sample], temperature: float, model: ScoringModel = "policy") -> list[list[float]]:
         """See `Learner.log_probs`."""
-        label = f"score {len(samples)} samples"
-        answers = self._group.call("log_probs", samples, temperature, label=label, timeout_s=self._timeout_s)
+        label = f"score {counted(len(samples), 'sample')} by the {model}"
+        answers = self._group.call("log_probs", samples, temperature, model, label=label, timeout_s=self._timeout_s)
         scored: list[list[float]] = answers[0]
         return scored
 

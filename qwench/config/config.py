@@ -86,6 +86,20 @@ class Config:
         return self.max_age
 
     @property
+    def changes_finished_groups(self) -> bool:
+        """Tell whether a function of the user sees groups between their filter and the learner: it may change their samples."""
+        rollout = self.rollout
+        return any(
+            (
+                rollout.rollout_function_path,
+                rollout.rollout_sample_filter_path,
+                rollout.rollout_all_samples_process_path,
+                rollout.custom_rollout_log_function_path,
+                self.foreign.custom_convert_samples_to_train_data_path,
+            )
+        )
+
+    @property
     def critic_gpus(self) -> tuple[int, ...]:
         """Return the GPUs of the critic's own on each of its nodes; empty: it shares the policy's, or there is none."""
         nodes, per_node = self.critic.critic_num_nodes, self.critic.critic_num_gpus_per_node

@@ -113,6 +113,8 @@ class RunPlan:
     num_past_policies: int
     """Versions of the policy before its own whose weights wait on the host (--keep-old-actor)."""
     holds_reference: bool
+    scores_early: bool
+    """The reference scores finished groups while others of their rollout are generated."""
     holds_teacher: bool
     holds_critic: bool
     critic: CriticPlan | None
@@ -206,6 +208,7 @@ def plan_run(config: Config, model: Architecture, *, trains: bool = True, on_gpu
         max_staleness=config.max_staleness,
         num_past_policies=config.num_past_policies,
         holds_reference=holds_reference,
+        scores_early=holds_reference and _can_score_early(config, devices),
         holds_teacher=devices.trains and config.distillation.opd_type == "megatron",
         holds_critic=devices.trains and config.algorithm.has_critic,
         critic=_plan_critic(config, model, on_gpus=on_gpus) if devices.critic else None,
@@ -254,6 +257,15 @@ def train_dtype(config: Config, *, on_gpus: bool) -> Literal["bfloat16", "float3
     if config.model.train_dtype != "auto":
         return config.model.train_dtype
     return "bfloat16" if on_gpus else "float32"
+
+
+def _can_score_early(config: Config, devices: DevicePlan) -> bool:
+    """Tell whether the trainer is idle while engines generate, and what it may then compute is equal to later."""
+    keeps_devices = not devices.shared or bool(config.engine.rollout_external_engine_addrs)
+    in_turn = devices.generates and not config.generates_ahead
+    # When groups finish decides what is packed with what, and so the last bits.
+    bits_matter = config.training.deterministic_mode or config.training.true_on_policy_mode
+    return keeps_devices and in_turn and not bits_matter and not config.changes_finished_groups
 
 
 def _check_adapters(lora: LoraConfig, model: Architecture, *, tp: int) -> None:

@@ -68,7 +68,8 @@ def _reference(config: Config, plan: RunPlan) -> str:
     if not plan.holds_reference:
         return "not needed"
     is_base = config.lora.enabled and config.algorithm.ref_update_interval is None
-    return "the policy without its adapters, no copy" if is_base else "held"
+    when = "; scores finished groups while others are generated" if plan.scores_early else ""
+    return ("the policy without its adapters, no copy" if is_base else "held") + when
 
 
 def adapter_line(config: Config, plan: RunPlan) -> str:

@@ -23,7 +23,7 @@ from qwench.controller import LearnerProtocol, Run
 from qwench.data.curriculum import Curriculum
 from qwench.data.prompts import LoadedPrompts, NoPrompts, PromptSource
 from qwench.data.sft import LoadedSft, SftSource, describe_packing, render_mask_preview
-from qwench.engines.fleet.pool import EnginePool
+from qwench.engines.fleet.pool import EnginePool, Waiter
 from qwench.errors import CheckpointError, ConfigError, counted
 from qwench.foreign.args import make_args
 from qwench.foreign.data_source import ForeignSource
@@ -33,7 +33,7 @@ from qwench.launch.inputs import Inputs, names_set, read_conversations, read_eva
 from qwench.launch.outputs import metric_log, open_outputs, recorders, run_identity
 from qwench.launch.placement import make_servers, open_processes, start_beside, start_learner, start_ranks, take_turns
 from qwench.launch.readiness import check_ready
-from qwench.launch.rollouts import build_generation
+from qwench.launch.rollouts import Generation, build_generation
 from qwench.launch.run_facts import finish_report, start_report
 from qwench.launch.trainer import make_memory_probe
 from qwench.launch.trial_import import check_imports
@@ -43,10 +43,12 @@ from qwench.observability.dumps import check_recorded
 from qwench.observability.log import open_driver_log
 from qwench.observability.timing import PhaseTimer
 from qwench.rewards.graders import check_prompts
+from qwench.rollout.continuous import ContinuousStream
+from qwench.rollout.early_scores import EarlyScores
 from qwench.rollout.probe import GreedyProbe
-from qwench.rollout.stream import ReplayStream, SftStream
+from qwench.rollout.stream import ReplayStream, RolloutStream, SftStream
 from qwench.rollout.teacher import check_teachers
-from qwench.samples import Json, Prompt
+from qwench.samples import Json, Prompt, Rollout
 from qwench.training.held_out import HeldOutLoss
 from qwench.training.memory_probe import MemoryProbe
 
@@ -91,7 +93,7 @@ def build(config: Config, plan: RunPlan) -> Run:
                 started.callback(publisher.forget_adapters)
         metrics = metric_log(inputs, report)
         observers = [report.samples, *recorders(inputs, run_name)]
-        rollouts = generation.stream(source, num_rollouts=inputs.plan.num_rollout, waiter=publisher, observers=observers)
+        rollouts = _stream(inputs, generation, source, learner, waiter=publisher, observers=observers)
         started.callback(metrics.close)
         started.callback(rollouts.close)
         evaluator = generation.evaluator(eval_prompts)
@@ -116,6 +118,23 @@ def build(config: Config, plan: RunPlan) -> Run:
 
 
 PromptFeed = PromptSource | NoPrompts | ForeignSource
+
+
+def _stream(
+    inputs: Inputs,
+    generation: Generation,
+    source: PromptFeed,
+    learner: LearnerProtocol | None,
+    *,
+    waiter: Waiter | None,
+    observers: Sequence[Callable[[Rollout], object]],
+) -> RolloutStream | ContinuousStream:
+    """Return the stream of training rollouts; the learner scores finished groups where the plan says so."""
+    plan, early = inputs.plan, None
+    if learner is not None and plan.scores_early:
+        temperature = inputs.config.rollout.rollout_temperature
+        early = EarlyScores(partial(learner.log_probs, temperature=temperature, model="reference"), plan)
+    return generation.stream(source, num_rollouts=plan.num_rollout, waiter=waiter, observers=observers, early=early)
 
 
 def _prompt_source(inputs: Inputs, loaded: LoadedPrompts) -> PromptFeed:

@@ -18,6 +18,7 @@ from qwench.rewards.pool import RewardPool
 from qwench.rollout.buffer import GroupBuffer, GroupSource
 from qwench.rollout.collect import Collector
 from qwench.rollout.continuous import ContinuousStream
+from qwench.rollout.early_scores import EarlyScores
 from qwench.rollout.evaluate import EvalSet, Evaluator
 from qwench.rollout.evaluate_beside import SHARE, EvaluationsBeside
 from qwench.rollout.functions import MakeRollout, RolloutContext, RolloutFunctions, checked_rollout
@@ -53,11 +54,13 @@ class Generation:
         num_rollouts: int,
         waiter: Waiter | None = None,
         observers: Sequence[Callable[[Rollout], object]] = (),
+        early: EarlyScores | None = None,
     ) -> RolloutStream | ContinuousStream:
         """Return the stream of training rollouts over `source`.
 
         Args:
             observers: are given each rollout, to show or to record it.
+            early: scores groups of runs in turn while others are generated.
 
         Raises:
             ConfigError: a function named by import path cannot be loaded or has another signature.
@@ -84,8 +87,8 @@ class Generation:
             buffer_filter=functions.buffer_filter,
             mask_off_policy=config.rollout.mask_offpolicy_in_partial_rollout,
         )
-        make = self._make_rollout(buffer, runner, functions, curriculum)
-        return RolloutStream(self.engines, make, buffer, config.logging, num_rollouts=num_rollouts, **options)
+        make = self._make_rollout(buffer, runner, functions, curriculum, early)
+        return RolloutStream(self.engines, make, buffer, config.logging, num_rollouts=num_rollouts, early=early, **options)
 
     def evaluations_beside(
         self, evaluator: Evaluator, log: Callable[[int, Mapping[str, float]], None], waiter: Waiter | None
@@ -148,7 +151,12 @@ class Generation:
         )
 
     def _make_rollout(
-        self, buffer: GroupBuffer, runner: GroupRunner, functions: RolloutFunctions, curriculum: Curriculum | None
+        self,
+        buffer: GroupBuffer,
+        runner: GroupRunner,
+        functions: RolloutFunctions,
+        curriculum: Curriculum | None,
+        early: EarlyScores | None,
     ) -> MakeRollout:
         """Return what makes a rollout: the user's own function, or the built-in collector."""
         config = self.inputs.config
@@ -161,6 +169,7 @@ class Generation:
             console=self.inputs.console,
             deterministic=config.training.deterministic_mode,
             curriculum=curriculum,
+            early=early,
         ).collect
         if functions.make_rollout is None:
             return collect

@@ -20,6 +20,7 @@ from qwench.data.curriculum import Curriculum
 from qwench.errors import QwenchError
 from qwench.observability.console import Console, Progress
 from qwench.rollout.buffer import GroupBuffer
+from qwench.rollout.early_scores import EarlyScores
 from qwench.rollout.functions import RolloutFunctions
 from qwench.rollout.groups import GroupRunner, cancel_and_wait
 from qwench.rollout.selection import Selection, Tally, reward_shares
@@ -41,7 +42,13 @@ class Collector:
         console: Console,
         deterministic: bool,
         curriculum: Curriculum | None,
+        early: EarlyScores | None = None,
     ) -> None:
+        """Keep what every rollout needs.
+
+        Args:
+            early: is given each accepted group at once.
+        """
         assert rollout.rollout_batch_size is not None, "config.verb_checks requires --rollout-batch-size"
         self._runner, self._buffer, self._console = runner, buffer, console
         self._selection = Selection(functions, curriculum)
@@ -49,6 +56,7 @@ class Collector:
         self._over_sampling = rollout.over_sampling_batch_size or self._num_groups
         self._max_rounds = rollout.dynamic_sampling_max_rounds
         self._partial_rollout, self._deterministic = rollout.partial_rollout, deterministic
+        self._early = early
 
     async def collect(self, rollout_id: int) -> Rollout:
         """Generate, grade and filter until there are enough groups.
@@ -97,6 +105,8 @@ class Collector:
                 tally.surplus.append(group)
             elif self._selection.judge(group, tally, is_needed=others < self._num_groups):
                 progress.advance(1)
+                if self._early is not None:
+                    self._early.add(group)
 
     def _use_rejected(self, rollout_id: int, tally: Tally) -> None:
         """Fill the rollout with rejected groups, the oldest first. Without them it would never end on data without a signal."""

@@ -27,14 +27,17 @@ from qwench.observability.dumps import load_rollout
 from qwench.observability.waiting import Describe, joined, say_nothing
 from qwench.rewards.degenerate import degenerate_reason
 from qwench.rollout.buffer import GroupBuffer
+from qwench.rollout.early_scores import EarlyScores
 from qwench.rollout.functions import LogRollout, MakeRollout
 from qwench.rollout.groups import cancel_and_wait
 from qwench.rollout.sample_metrics import describe_rollout
-from qwench.samples import Json, Rollout
+from qwench.samples import Group, Json, Rollout
 
 _logger = logging.getLogger(__name__)
 INTERRUPT_GRACE_S = 20.0
 """For rollouts that older weights sample, when a signal ends the run. Schedulers kill a job about 30 s after the signal."""
+
+_LEAST_WAIT_S = 1.0
 
 
 class StreamOptions(TypedDict, total=False):
@@ -88,10 +91,10 @@ class GeneratingStream(ABC):
         Raises:
             EngineError: an engine failed, or the deadline passed.
             RewardError: a reward function failed, or the first rollout's rewards teach nothing.
+            TrainingError: the reference could not score finished groups.
         """
-        label = f"rollout {rollout_id}"
         try:
-            self._waiter.attend(self._finish(rollout_id), label=label, timeout_s=self._timeout_s, describe=self._describe)
+            self._attend(rollout_id)
         except QwenchError:
             self.close()
             raise
@@ -114,6 +117,11 @@ class GeneratingStream(ABC):
     @abstractmethod
     def close(self) -> None:
         """Cancel what is being generated."""
+
+    def _attend(self, rollout_id: int) -> None:
+        """Wait until a rollout is finished."""
+        label = f"rollout {rollout_id}"
+        self._waiter.attend(self._finish(rollout_id), label=label, timeout_s=self._timeout_s, describe=self._describe)
 
     @abstractmethod
     async def _finish(self, rollout_id: int) -> None:
@@ -162,16 +170,18 @@ class RolloutStream(GeneratingStream):
         logging: LoggingConfig,
         *,
         num_rollouts: int,
+        early: EarlyScores | None = None,
         **options: Unpack[StreamOptions],
     ) -> None:
         """Generate nothing yet.
 
         Args:
             num_rollouts: of the whole run; nothing is generated beyond the last.
+            early: has finished groups scored while others are generated; in turn with training alone.
             options: see `GeneratingStream`.
         """
         super().__init__(engines, buffer, logging, **options)
-        self._make, self._num_rollouts = make, num_rollouts
+        self._make, self._num_rollouts, self._early = make, num_rollouts, early
         self._tasks: dict[int, asyncio.Task[None]] = {}
         """Rollouts that have begun and are not taken, in order."""
 
@@ -215,10 +225,40 @@ class RolloutStream(GeneratingStream):
             label = f"end of rollout {max(tasks)}"
             self._engines.run(cancel_and_wait([*tasks.values()]), label=label, timeout_s=CONTROL_TIMEOUT_S)
 
-    async def _finish(self, rollout_id: int) -> None:
+    def _attend(self, rollout_id: int) -> None:
+        """Wait until a rollout is finished, and have finished groups scored meanwhile: one deadline for all of it."""
+        if self._early is None:
+            super()._attend(rollout_id)
+            return
+        started_at, label, left_s = time.monotonic(), f"rollout {rollout_id}", self._timeout_s
+        while groups := self._waiter.attend(
+            self._score_or_finish(rollout_id, self._early), label=label, timeout_s=left_s, describe=self._describe
+        ):
+            self._early.score(groups)
+            if self._timeout_s is not None:
+                # The rollout may have finished in time, but while its groups were scored.
+                left_s = max(self._timeout_s - (time.monotonic() - started_at), _LEAST_WAIT_S)
+            label = f"the rest of rollout {rollout_id}"
+
+    async def _score_or_finish(self, rollout_id: int, early: EarlyScores) -> list[Group]:
+        """Return the groups to score now; none: the rollout is finished."""
+        self._begin(rollout_id)
+        made = self._tasks.get(rollout_id)
+        if made is not None and (groups := await early.enough_before(made)):
+            return groups
+        await self._finish(rollout_id)
+        return []
+
+    def _begin(self, rollout_id: int) -> None:
+        """Start the rollouts that may begin by now."""
         for due in self._buffer.begin(rollout_id, last=self._num_rollouts - 1):
             before = self._tasks.get(due - 1)
             self._tasks[due] = asyncio.create_task(self._generate(due, before), name=f"rollout {due}")
+            if self._early is not None:
+                self._early.begin()
+
+    async def _finish(self, rollout_id: int) -> None:
+        self._begin(rollout_id)
         if rollout_id in self._tasks:
             # Not cancelled with this wait: `interrupt` decides whether it is finished.
             await asyncio.shield(self._tasks[rollout_id])

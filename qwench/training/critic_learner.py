@@ -18,7 +18,7 @@ from qwench.observability.timing import PhaseTimer
 from qwench.samples import Rollout, Sample
 from qwench.training.critic import load_critic, save_critic, train_critic
 from qwench.training.critic_link import CriticLink
-from qwench.training.learner import Learned
+from qwench.training.learner import Learned, ScoringModel
 from qwench.training.memory_probe import MemoryProbe
 from qwench.training.passes import Passes
 from qwench.training.rollout_columns import RolloutColumns
@@ -104,6 +104,6 @@ class CriticLearner:
             steps = train_critic(self.state.critic, weighed, self._method, self._passes, forgets_moments=self._forgets_moments)
         return Learned(metrics={}, steps=steps)
 
-    def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
+    def log_probs(self, samples: Sequence[Sample], temperature: float, model: ScoringModel = "policy") -> list[list[float]]:
         """Return nothing: the policy scores."""
         return []

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ from qwench.training.steps import StepPlan
 from qwench.training.trainer import Scorer
 
 _logger = logging.getLogger(__name__)
+ScoringModel = Literal["policy", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +120,7 @@ class Learner:
         with self._timer.phase("train"), self._profiler.rollout():
             rollout, batch, plan = self._columns.planned(rollout)
             needs = self.method.needs(num_steps=len(plan.steps))
-            batch = self._score(batch, needs, rollout.rollout_id)
+            batch = self._score(batch, needs, rollout.rollout_id, [rollout.samples[i] for i in plan.order])
             batch = self._columns.with_targets(batch, rollout.rollout_id)
             if self._forgets_moments:
                 self.policy.forget_moments()
@@ -159,13 +161,19 @@ class Learner:
         with self._timer.phase("critic_train"), self.critic.turn() as critic:
             return train_critic(critic, weighed, self.method, self._passes, forgets_moments=self._forgets_moments)
 
-    def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
-        """Return [R] of each sample under the held weights; 0 where its loss mask is."""
-        scored = self._passes.scores(self.policy, RolloutBatch.from_samples(samples), temperature=temperature)
+    def log_probs(self, samples: Sequence[Sample], temperature: float, model: ScoringModel = "policy") -> list[list[float]]:
+        """Return [R] of each sample under the held weights, or those of the reference; 0 where its loss mask is."""
+        batch = RolloutBatch.from_samples(samples)
+        if model == "policy":
+            scored = self._passes.scores(self.policy, batch, temperature=temperature)
+        else:
+            assert self.reference is not None, "a run without a reference asks for none"
+            with self._pass(batch, "early_ref_log_probs", title="reference log-probs", prefix="ref_"):
+                scored = self._passes.scores(self.reference, batch, temperature=temperature)
         return [column.tolist() for column in scored]
 
-    def _score(self, batch: RolloutBatch, needs: Needs, rollout_id: int) -> RolloutBatch:
-        """Return the batch with the log-probs that the method needs.
+    def _score(self, batch: RolloutBatch, needs: Needs, rollout_id: int, samples: Sequence[Sample]) -> RolloutBatch:
+        """Return the batch, which is made of `samples`, with the log-probs that the method needs.
 
         Raises:
             TrainingError: the engine gave no log-probs, or has other bits than --true-on-policy-mode allows.
@@ -179,8 +187,7 @@ class Learner:
                 "makes the samples must set them, or leave the flags out."
             )
         if self.reference is not None:
-            scored = self._log_probs(self.reference, batch, "ref_log_probs", title="reference log-probs", prefix="ref_")
-            batch = batch.with_columns(ref_log_probs=scored)
+            batch = batch.with_columns(ref_log_probs=self._by_reference(self.reference, batch, samples))
         if self.teacher is not None:
             scored = self._log_probs(self.teacher, batch, "teacher_log_probs", title="teacher log-probs", prefix="teacher_")
             batch = batch.with_columns(teacher_log_probs=scored)
@@ -200,6 +207,20 @@ class Learner:
             with self._timer.phase("critic_wait"), self._console.phase("values"):
                 batch = self._link.exchange(batch)
         return batch
+
+    def _by_reference(self, reference: Scorer, batch: RolloutBatch, samples: Sequence[Sample]) -> list[Tensor]:
+        """Return B x [R] of the reference; computed are those that were not scored before the rollout was finished."""
+        # A grader that failed has taken its sample out of the loss since.
+        columns = {
+            i: torch.tensor(sample.ref_log_probs).where(batch.loss_mask[i], 0.0)
+            for i, sample in enumerate(samples)
+            if _was_scored(sample)
+        }
+        if late := [i for i in range(len(samples)) if i not in columns]:
+            left, title = batch.select(late), "reference log-probs"
+            scored = self._log_probs(reference, left, "ref_log_probs", title=title, prefix="ref_")
+            columns |= zip(late, scored, strict=True)
+        return [columns[i] for i in range(len(samples))]
 
     def _with_entropy(self, batch: RolloutBatch) -> RolloutBatch:
         """Return the batch with the policy's log-probs and entropy, from one pass."""
@@ -232,6 +253,7 @@ class Learner:
             **rollout_metrics([rollout.samples[i] for i in plan.order], batch),
             "rollout/dropped_executions": float(plan.num_dropped),
             "perf/actor_train_tok_per_s": sum(batch.lengths) / seconds,
+            **_early_share(rollout.samples),
             **self._meter.take(),
             **self._peak_memory(),
         }
@@ -244,6 +266,17 @@ class Learner:
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return {"perf/peak_gpu_memory_gib": self.policy.max_over_ranks(peak / 2**30)}
+
+
+def _was_scored(sample: Sample) -> bool:
+    """Tell whether the reference has scored a sample's response."""
+    return len(sample.ref_log_probs) == sample.response_length > 0
+
+
+def _early_share(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return which share of the samples the reference scored before the rollout was finished; nothing: none."""
+    num_early = sum(map(_was_scored, samples))
+    return {"perf/early_ref_share": num_early / len(samples)} if num_early else {}
 
 
 def _check_equal_bits(batch: RolloutBatch, rollout_id: int) -> None:

@@ -310,12 +310,23 @@ def test_a_router_port_in_use_is_named_before_an_engine_is_started(
     assert not list((tmp_path / "run").rglob("engine-*.log"))
 
 
-def test_a_run_trains_on_responses_of_an_engine_of_two_ranks(
+def test_two_trainer_ranks_learn_from_an_engine_of_two_ranks_and_score_by_the_reference_meanwhile(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layout = {"rollout_engine": "embedded", "rollout_num_gpus": 2, "rollout_num_gpus_per_engine": 2, "colocate": None}
-    run_verb(workspace.train_argv(tmp_path / "run", **DIGITS, **layout, deterministic_mode=None))
-    assert "1 trainer rank (fsdp) and 1 embedded engine of 2 processes\n" in capsys.readouterr().out
+    # Groups finish one after the other, and each fills the ranks.
+    early = {"use_kl_loss": (), "sglang_server_concurrency": 4, "log_probs_max_tokens_per_gpu": 32}
+    ranks = {"actor_num_gpus_per_node": 2, "deterministic_mode": None, "num_rollout": 2}
+    run_verb(workspace.train_argv(tmp_path / "run", **DIGITS, **layout, **early, **ranks))
+    assert "2 trainer ranks (fsdp) and 1 embedded engine of 2 processes\n" in capsys.readouterr().out
     gaps = column(tmp_path / "run", "train/train_rollout_logprob_abs_diff")
-    assert gaps == pytest.approx([0.0] * 6, abs=1e-4)
+    assert gaps == pytest.approx([0.0] * 4, abs=1e-4)
     assert min(column(tmp_path / "run", "train/grad_norm")) > 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    shares = [record["perf/early_ref_share"] for record in records if "rollout/step" in record]
+    assert len(shares) == 2 and all(0 < share < 1 for share in shares), "the last groups are left to the learner"
+    # Before the first step the policy is the reference, whenever that scored.
+    first = {name: column(tmp_path / "run", f"rollout/{name}")[0] for name in ("ref_log_probs", "log_probs")}
+    assert first["ref_log_probs"] == pytest.approx(first["log_probs"], abs=1e-5)
+    assert column(tmp_path / "run", "train/kl_loss")[0] == pytest.approx(0.0, abs=1e-6)
+    assert column(tmp_path / "run", "train/kl_loss")[-1] > 1e-6

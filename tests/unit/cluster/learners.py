@@ -61,8 +61,8 @@ class ReportingLearner:
             tokens = sum(len(sample.tokens) for sample in rollout.samples)
         return Learned(metrics={"rollout/tokens": float(tokens), "rank": float(self.rank)}, steps=[])
 
-    def log_probs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
-        return [[float(len(sample.tokens)), temperature, float(self.rank)] for sample in samples]
+    def log_probs(self, samples: Sequence[Sample], temperature: float, model: str) -> list[list[float]]:
+        return [[float(len(sample.tokens) + len(model)), temperature, float(self.rank)] for sample in samples]
 
     def weights(self, *, bucket_bytes: int, part: str = "merged") -> Iterator[WeightBucket]:
         if part != "merged":

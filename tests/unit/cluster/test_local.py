@@ -109,7 +109,8 @@ def test_ranks_learn_save_and_give_their_weights(said: Said, launched: Launched,
     assert "perf/step_time" not in learned.metrics, "only the driver knows how long a step took"
 
     samples = [*rollout(0, num_tokens=3).samples, *rollout(0, num_tokens=5).samples]
-    assert launched.learner.log_probs(samples, 0.5) == [[3, 0.5, 0], [5, 0.5, 0]]
+    assert launched.learner.log_probs(samples, 0.5) == [[3 + len("policy"), 0.5, 0], [5 + len("policy"), 0.5, 0]]
+    assert launched.learner.log_probs(samples[:1], 0.5, model="reference") == [[3 + len("reference"), 0.5, 0]]
 
     launched.learner.state.save(tmp_path, with_optimizer=False)
     assert [(tmp_path / f"rank_{rank}").read_text() for rank in (0, 1)] == ["False", "False"]

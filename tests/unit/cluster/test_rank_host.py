@@ -37,8 +37,8 @@ class NotingLearner:
         with self.timer.phase("train"):
             return Learned(metrics={"train/loss": rollout}, steps=[{"x": 1.0}])
 
-    def log_probs(self, samples: object, temperature: float) -> object:
-        return [samples, temperature]
+    def log_probs(self, *given: object) -> object:
+        return given
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_the_first_rank_answers_for_all_where_all_say_the_same(rank, left):
     assert "build comes first" in str(failed.error)
     assert ask(host, "next_bucket") is False
     assert ask(host, "build", NotingLearner) is None and left == ["frozen"]
-    assert ask(host, "log_probs", ["s"], 0.5) == ([["s"], 0.5] if rank == 0 else None)
+    assert ask(host, "log_probs", ["s"], 0.5, "policy") == ((["s"], 0.5, "policy") if rank == 0 else None)
     learned = ask(host, "learn", 3.0)
     assert learned.metrics["train/loss"] == 3.0 and learned.steps == [{"x": 1.0}]
     assert "perf/train_time" in learned.metrics

@@ -213,7 +213,7 @@ def test_each_call_of_the_learner_has_its_label_and_deadline_and_takes_the_answe
     assert learner.learn(rollout).metrics == {"a": 1.0, "b": 3.0}
     assert console.phases == ["start trainer ranks", "train"]
     group.answers = [[[0.5]], [[0.25]]]
-    assert learner.log_probs(["a", "b"], 0.7) == [[0.5]]
+    assert learner.log_probs(["a", "b"], 0.7) == learner.log_probs(["a"], 1.0, model="reference") == [[0.5]]
     group.answers = ["policy", "critic"]
     assert state.probe_memory("probe") == "policy; critic"
     state.save(Path("/a"))
@@ -227,7 +227,8 @@ def test_each_call_of_the_learner_has_its_label_and_deadline_and_takes_the_answe
     assert list(state.weights(bucket_bytes=64)) == [] and state.shared_weights() is None
     assert group.calls == [
         ("learn", rollout, "learn from batch 7", 11, None),
-        ("log_probs", ["a", "b"], 0.7, "score 2 samples", 11, None),
+        ("log_probs", ["a", "b"], 0.7, "policy", "score 2 samples by the policy", 11, None),
+        ("log_probs", ["a"], 1.0, "reference", "score 1 sample by the reference", 11, None),
         ("run", "train on the largest micro-batch", 3600.0, None),
         ("run", "save to /a", 22, None),
         ("run", "load /b", 22, None),

@@ -266,13 +266,13 @@ def test_a_stream_is_made_by_the_flags(monkeypatch):
     rollout = RolloutConfig(rollout_batch_size=2, partial_rollout=True, mask_offpolicy_in_partial_rollout=True)
     config = Config(rollout=rollout, cluster=TWO_GPUS, **STREAM)
     names = ("RolloutStream", "GroupBuffer", "GroupRunner", "Collector")
-    generation, stream = recorded(
-        config, monkeypatch, names, lambda made: made.stream("source", num_rollouts=3, waiter="waiter", observers=["see"])
-    )
+    given = {"num_rollouts": 3, "waiter": "waiter", "observers": ["see"], "early": "early"}
+    generation, stream = recorded(config, monkeypatch, names, lambda made: made.stream("source", **given))
     engines, collect, buffer, logging = stream.given
     assert (engines, collect, logging) == (generation.engines, "collect", config.logging)
     assert stream.options == {
         "num_rollouts": 3,
+        "early": "early",
         "timeout_s": 3.0,
         "num_gpus": 2,
         "allow_degenerate_rewards": True,
@@ -312,8 +312,10 @@ def test_a_runner_and_a_collector_are_made_by_the_flags(monkeypatch):
     }
     kept = []
     monkeypatch.setattr(rollouts, "Collector", lambda *given, **options: kept.append((given, options)) or Recorded())
-    generation._make_rollout("buffer", "runner", generation.functions.rollout, "curriculum")
-    options = {"console": generation.inputs.console, "deterministic": True, "curriculum": "curriculum"}
+    generation._make_rollout("buffer", "runner", generation.functions.rollout, "curriculum", "early")
+    options = {
+        "console": generation.inputs.console, "deterministic": True, "curriculum": "curriculum", "early": "early",
+    }  # fmt: skip
     assert kept == [(("runner", "buffer", config.rollout, generation.functions.rollout), options)]
 
 

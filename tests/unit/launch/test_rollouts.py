@@ -127,7 +127,7 @@ def test_a_function_of_the_user_gets_what_collects(monkeypatch: pytest.MonkeyPat
     made = generation(inputs_of(config_of()), [])
     expected = {"runner": "runner", "buffer": "buffer", "num_groups": 4, "collect": "collect"}
     functions = SimpleNamespace(make_rollout="function")
-    assert made._make_rollout("buffer", "runner", functions, None) == ("function", expected)
+    assert made._make_rollout("buffer", "runner", functions, None, None) == ("function", expected)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from qwench.foreign.data_source import ForeignSource
 from qwench.launch import build, outputs
 from qwench.launch.inputs import Inputs
 from qwench.observability.timing import PhaseTimer
-from qwench.samples import Prompt
+from qwench.samples import Group, Prompt, Sample
 from tests.unit.launch.test_build import PROMPTS
 from tests.unit.launch.test_generation import eval_settings
 from tests.unit.launch.test_placement import inputs_of
@@ -152,7 +152,7 @@ def test_a_run_is_built_from_its_prompts_to_its_learner_and_closed_backwards(
     assert (gpus, publisher, run.metrics) == tuple(said.made[name] for name in ("_gpus", "make_publisher", "metric_log"))
     assert find(said, "make_publisher") == (planned, "state", "engines", gpus, timer)
     assert find(said, "metric_log") == (planned, said.made["start_report"]) and find(said, "recorders") == (planned, "name")
-    assert find(said, "generation.stream") == (source, 2, publisher, ["show samples", "record"])
+    assert find(said, "generation.stream") == (source, 2, publisher, ["show samples", "record"], None)
     assert find(said, "generation.evaluator") == ({"x": EVALUATED},)
     assert find(said, "generation.evaluations_beside") == ("evaluator made", "log", publisher)
     probed, lengths = find(said, "make_memory_probe")
@@ -168,6 +168,19 @@ def test_a_run_is_built_from_its_prompts_to_its_learner_and_closed_backwards(
     run.close()
     forgotten = ["publisher.forget_adapters"] if sections else []
     assert names(said) == ["rollouts.close", "metrics.close", *forgotten, "learner", "generation.close"]
+
+
+def test_finished_groups_are_scored_by_the_reference_at_the_temperature_of_the_run() -> None:
+    external = EngineConfig(rollout_external_engine_addrs=("10.0.0.1:80",))
+    inputs = of(engine=external, algorithm=AlgorithmConfig(use_kl_loss=True))
+    generation = SimpleNamespace(stream=lambda source, *, early, **options: early)
+    asked: list[object] = []
+    learner = SimpleNamespace(log_probs=lambda samples, **options: asked.append(options) or [[-1.0] for _ in samples])
+    early = build._stream(inputs, generation, "source", learner, waiter=None, observers=())
+    samples = [Sample(prompt=Prompt(text="", token_ids=(1,)), sample_id=i, group_id=0) for i in range(2)]
+    early.score([Group(group_id=0, samples=samples)])
+    assert asked == [{"temperature": inputs.config.rollout.rollout_temperature, "model": "reference"}]
+    assert [sample.ref_log_probs for sample in samples] == [[-1.0], [-1.0]]
 
 
 def test_a_run_that_only_generates_has_no_learner(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
