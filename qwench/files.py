@@ -308,7 +308,7 @@ def writing_back(folder: Path) -> Iterator[None]:
                 if path.is_file():
                     fsync(path)
 
-    with ThreadPoolExecutor(thread_name_prefix="write-back") as pool:
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-back") as pool:
         syncing = pool.submit(sync_repeatedly)
         try:
             yield

@@ -65,7 +65,7 @@ class RayCluster:
         _connect(address)
         self._trainer_environ = dict(environ)
         self._kind = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
-        self._bundles: Bundles
+        self._bundles = Bundles(trainer=(), engines=())
         self._group: PlacementGroup | None = None
         self._trainers: list[Actor] = []
         self._seats: list[Seat] = []
@@ -193,7 +193,7 @@ class RayRanks:
 
     def receive(self, timeout_s: float) -> list[tuple[int, RankReply]]:
         """Return answers and deaths; see `Ranks.receive`."""
-        ready, _ = ray.wait(list(self._pending), timeout=timeout_s)
+        ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)
         return [(self._pending.pop(answer), _reply(answer)) for answer in ready]
 
     def end(self) -> None:

@@ -33,7 +33,7 @@ def a_critic_has_its_method(config: Config) -> str | None:
 def the_critics_own_gpus_are_there(config: Config) -> str | None:
     """Its nodes are like those of the policy."""
     cluster = config.cluster
-    per_node, nodes = sum(config.critic_gpus[:1]), len(config.critic_gpus)
+    per_node, nodes = max(config.critic_gpus, default=0), len(config.critic_gpus)
     if per_node > cluster.num_gpus_per_node:
         return (
             f"--critic-num-gpus-per-node ({per_node}) is more than --num-gpus-per-node ({cluster.num_gpus_per_node}); raise it"

@@ -133,7 +133,7 @@ def unknown_sglang_flag(words: tuple[str, ...]) -> str | None:
     for word in words:
         name = word.removeprefix("--")
         if word.startswith("--") and name not in SGLANG_FLAGS | _OF_ROUTER_SETTINGS:
-            close = difflib.get_close_matches(name, SGLANG_FLAGS)
+            close = difflib.get_close_matches(name, SGLANG_FLAGS, n=1)
             hint = f"did you mean --sglang-{close[0]}?" if close else "see python -m sglang.launch_server --help"
             return f"unknown flag --sglang-{name}: SGLang has no --{name}; {hint}"
     return None

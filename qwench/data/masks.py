@@ -196,7 +196,7 @@ def _check_span(span: str, message: Message, place: str) -> None:
 
 def _common_prefix(a: str, b: str) -> int:
     """Return the length of the common prefix, by bisection."""
-    low, high = 0, len(a)
+    low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)

@@ -59,7 +59,7 @@ def parse_declared(config: Config) -> Mapping[str, Any]:  # Any: of the flags' o
 
 def _parser(functions: Mapping[str, object]) -> ArgumentParser:
     """Return a parser of the flags of functions, which are given by path."""
-    parser = _Parser(prog="", usage="", add_help=False)
+    parser = _Parser(prog="", usage="", add_help=False, allow_abbrev=False)
     for path, function in functions.items():
         add = getattr(function, "add_arguments", None)
         if not callable(add):

@@ -90,8 +90,8 @@ def build_qwen_tokenizer(tiktoken_file: Path | None = None) -> PreTrainedTokeniz
     return Qwen2Tokenizer(
         vocab=vocab,
         merges=merges,  # type: ignore[arg-type]  # annotated too narrowly there: BPE itself takes pairs
-        # Their ids follow the ranks in this order. Without it, eos and pad would be added first and take the first two.
-        added_tokens_decoder=dict(enumerate(added)),
+        # Given with their ids, or eos and pad would be added first and take the first two.
+        added_tokens_decoder=dict(enumerate(added, start=len(vocab))),
         eos_token=END_OF_TURN,
         pad_token=END_OF_TEXT,
         unk_token=None,  # type: ignore[arg-type]  # as in Qwen3's own tokenizer_config.json

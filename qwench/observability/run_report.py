@@ -75,7 +75,7 @@ class RunReport:
         self._open = ExitStack()
         self._bar: RunBar | None = None
         self._done = self._done_before = 0
-        self._began_at: float
+        self._began_at = clock()
 
     def start(self, facts: Mapping[str, str]) -> None:
         """Say what the run is about to do."""

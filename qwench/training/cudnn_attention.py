@@ -34,7 +34,7 @@ class CudnnAttention:
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         """Put the borders of sequences of these lengths on the device."""
         empty = -len(lengths) % SEQUENCE_MULTIPLE
-        sizes = torch.tensor([*lengths, *[0] * empty])
+        sizes = torch.tensor([*lengths, *[0] * empty], dtype=torch.int64)
         starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
         self._count = len(sizes)
         self._longest = _round_up(max(lengths), LENGTH_MULTIPLE)

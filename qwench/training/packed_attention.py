@@ -37,7 +37,7 @@ class PaddedRows:
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> PaddedRows:
         """Lay out pieces of these lengths."""
-        sizes = torch.tensor(lengths)
+        sizes = torch.tensor(lengths, dtype=torch.int64)
         columns = torch.arange(max(lengths))
         starts = sizes.cumsum(0) - sizes
         real = columns < sizes[:, None]

@@ -55,8 +55,8 @@ class AdapterRoutes:
 
     def add_to(self, router: APIRouter) -> None:
         """Add the paths to a router that checks the token."""
-        for path, handler in (("/load_lora_adapter", self.load), ("/unload_lora_adapter", self.unload)):
-            router.add_api_route(path, handler, methods=["POST"])
+        router.add_api_route("/load_lora_adapter", self.load, methods=["POST"])
+        router.add_api_route("/unload_lora_adapter", self.unload, methods=["POST"])
 
     async def load(self, body: LoadBody) -> Response:
         """Load an adapter under a new name."""

@@ -78,7 +78,7 @@ def foreign_caller(headers: Mapping[bytes, bytes], *, loopback_only: bool) -> st
     if loopback_only and host.rsplit(":", 1)[0] not in _LOOPBACK_NAMES and host not in _LOOPBACK_NAMES:
         return f"this server listens on this machine only; Host {host[:100]!r} is not one of its names."
     origin = headers.get(b"origin")
-    own = {f"http://{host}".encode("latin-1"), f"https://{host}".encode("latin-1")}
+    own = (f"http://{host}".encode("latin-1"), f"https://{host}".encode("latin-1"))
     if headers.get(b"sec-fetch-site") in _FOREIGN or (origin is not None and origin not in own):
         return "requests of a web page from elsewhere are refused."
     return None

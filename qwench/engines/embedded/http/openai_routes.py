@@ -27,13 +27,10 @@ class OpenAiRoutes:
 
     def add_to(self, router: APIRouter) -> None:
         """Add the paths."""
-        for path, handler, method in (
-            ("/v1/models", self.models, "GET"),
-            ("/v1/models/{name:path}", self.model, "GET"),
-            ("/v1/completions", self.complete, "POST"),
-            ("/v1/chat/completions", self.chat, "POST"),
-        ):
-            router.add_api_route(path, handler, methods=[method])
+        router.add_api_route("/v1/models", self.models, methods=["GET"])
+        router.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
+        router.add_api_route("/v1/completions", self.complete, methods=["POST"])
+        router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
 
     async def models(self) -> Response:
         """List the model and its adapters."""
@@ -79,7 +76,7 @@ class OpenAiRoutes:
             FieldError: 404, there are adapters, and the name is neither one of them nor the model's.
         """
         adapters, served = self._engine.adapters.folders, self._model()
-        if model is None or not adapters or model in {served, served.rstrip("/").rpartition("/")[2], "default"}:
+        if model is None or not adapters or model in (served, served.rstrip("/").rpartition("/")[2], "default"):
             return None
         for name in (model, model.partition(":")[2]):
             if name in adapters:

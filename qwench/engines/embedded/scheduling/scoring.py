@@ -44,13 +44,13 @@ def check_scoring(scoring: Scoring, input_ids: Sequence[int], *, vocab_size: int
 
 def score_rows(log_probs_NV: Tensor, labels_N: Tensor, scoring: Scoring) -> Tensor:
     """Return the matrix of the module docstring for N positions."""
-    columns = [log_probs_NV.gather(1, labels_N.long()[:, None])]
+    columns = [log_probs_NV.gather(-1, labels_N.long()[:, None])]
     if scoring.top_k:
-        values, ids = log_probs_NV.topk(scoring.top_k)
+        values, ids = log_probs_NV.topk(scoring.top_k, dim=-1)
         columns += [values, ids.float()]
     if scoring.token_ids:
         columns.append(log_probs_NV[:, torch.tensor(scoring.token_ids, device=log_probs_NV.device)])
-    return torch.cat(columns, dim=1)
+    return torch.cat(columns, dim=-1)
 
 
 def read_scores(matrices: Sequence[Tensor], scoring: Scoring) -> Scores:
