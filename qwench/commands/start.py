@@ -15,7 +15,7 @@ from qwench.config.advice import plan_warnings, warnings
 from qwench.config.command_line.compat import EMBEDDED_ALIASES
 from qwench.config.command_line.parse import Declared
 from qwench.config.config import Config
-from qwench.config.config_text import PARSER_SETTINGS, as_typed, settings_by_section
+from qwench.config.config_text import PARSER_SETTINGS, as_typed, replaced_values, settings_by_section
 from qwench.config.engine_choice import check_engine_is_installed, look_at_machine
 from qwench.config.environment import trainer_environment
 from qwench.config.eval_sets import eval_settings
@@ -144,9 +144,8 @@ def _show(config: Config, plan: RunPlan) -> None:
             console.print(Text(section, style="bold"))
         for setting in changed:
             console.print(Text(f"  {as_typed(setting)}"))
-    if replaced := config.foreign.overridden_flags:
-        before = ", ".join(f"--{value}" for value in replaced)
-        console.print(Text(f"given before with another value, which the last one replaces: {before}"))
+    if replaced := replaced_values(config):
+        console.print(Text(f"given before with another value, which the last one replaces: {', '.join(replaced)}"))
     console.print(Text("plan", style="bold"))
     for line in plan_lines(config, plan):
         console.print(Text(f"  {line}"))

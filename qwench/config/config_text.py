@@ -60,6 +60,18 @@ def as_typed(setting: Setting) -> str:
     return f"{setting.flag} {setting.value}" if prefix is None else re.sub("(^| )--", rf"\1--{prefix}", setting.value)
 
 
+def replaced_values(config: Config) -> list[str]:
+    """Return each value that a later one of its flag replaces, as the command line has it; secrets are left out."""
+    table, shown = flag_table(Config), list[str]()
+    for given in config.foreign.overridden_flags:
+        name, _, value = given.partition(" ")
+        is_passed_on = name not in table
+        is_mapping = value.startswith("{")  # of variables, for one
+        hidden = is_mapping or name in _SECRET_FLAGS or (is_passed_on and _SECRET_NAME.search(name))
+        shown.append(f"--{name} {_HIDDEN if hidden else without_secrets(value)}")
+    return shown
+
+
 def flag_values(config: Config) -> dict[str, str]:
     """Return every flag with its value as text; secrets are left out."""
     settings = (setting for section in settings_by_section(config).values() for setting in section)

@@ -62,8 +62,9 @@ class Given:
     declared: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Flags that the user's functions declare."""
     unused: list[str] = field(default_factory=list)
-    overridden: list[str] = field(default_factory=list)
     """Names of accepted flags that have no effect here; with the value where another value would have one."""
+    overridden: list[str] = field(default_factory=list)
+    """Flags with values that a later one of the same name replaces."""
 
 
 def split_words(

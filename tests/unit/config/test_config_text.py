@@ -3,10 +3,11 @@ import yaml
 
 from qwench.config.command_line.parse import parse_run
 from qwench.config.config import Config
-from qwench.config.config_text import Setting, as_typed, as_yaml, flag_values, settings_by_section
+from qwench.config.config_text import Setting, as_typed, as_yaml, flag_values, replaced_values, settings_by_section
 from qwench.config.sections.cluster import ClusterConfig
 from qwench.config.sections.data import DataConfig
 from qwench.config.sections.engine import EngineConfig
+from qwench.config.sections.foreign import ForeignConfig
 from qwench.config.sections.logging import LoggingConfig
 from qwench.config.sections.reward import RewardConfig
 from qwench.config.sections.rollout import RolloutConfig
@@ -52,6 +53,17 @@ def test_no_secret_is_kept_or_shown(written):
     assert "s3cret" not in text
     assert "question" in text
     assert "NCCL_DEBUG" in text
+
+
+def test_a_secret_that_a_later_one_replaces_is_not_shown():
+    flags = ("wandb-key s3cret", "sglang-metrics-key s3cret", 'train-env-vars {"HF_TOKEN": "s3cret"}', "input-key question")
+    config = Config(foreign=ForeignConfig(overridden_flags=(*flags, "rm-url http://me:s3cret@grader/", "colocate true")))
+    assert replaced_values(config) == [
+        *(f"--{name} (not shown)" for name in ("wandb-key", "sglang-metrics-key", "train-env-vars")),
+        "--input-key question",
+        "--rm-url http://(not shown)@grader/",
+        "--colocate true",
+    ]
 
 
 def test_neither_a_key_nor_what_the_parser_adds_is_a_value_of_a_run():
