@@ -106,7 +106,7 @@ class ProfilingConfig:
             )
         if OVERALL in self.profile_target and len(self.profile_target) > 1:
             raise ConfigError("--profile-target train_overall traces the other targets, too; give it alone, or the others")
-        if len(self.memory_snapshot_path.parts) != 1:
+        if str(self.memory_snapshot_path) != self.memory_snapshot_path.name:
             raise ConfigError(
                 f"--memory-snapshot-path {self.memory_snapshot_path} must be the name of a file, whose folder is "
                 "--memory-snapshot-dir"

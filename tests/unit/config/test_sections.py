@@ -226,7 +226,10 @@ REFUSED = [
     (RewardConfig, {"reward_timeout_s": 1e30}, "--reward-timeout-s must be at most 1e+08 seconds"),
     (ProfilingConfig, {"profile_step_start": 12}, "--profile-step-start (12) must be less than --profile-step-end (12)"),
     (ProfilingConfig, {"profile_target": ("train_overall", "train_actor")}, "--profile-target train_overall traces the other"),
-    (ProfilingConfig, {"memory_snapshot_path": Path("a/b")}, "--memory-snapshot-path a/b must be the name of a file"),
+    *(
+        (ProfilingConfig, {"memory_snapshot_path": Path(path)}, f"--memory-snapshot-path {path} must be the name of a file")
+        for path in ("a/b", "/", ".")
+    ),
     (TimeoutConfig, {"rollout_timeout": 1e30}, "--rollout-timeout must be at most 1e+08 seconds"),
     (TimeoutConfig, {"train_timeout": -1.0}, "--train-timeout must be greater than 0"),
     (TimeoutConfig, {"distributed_timeout_minutes": 1e7}, "--distributed-timeout-minutes must be from 1 second to 3 years"),
