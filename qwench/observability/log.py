@@ -33,7 +33,8 @@ def open_driver_log(level: str, console: Console) -> None:
     Args:
         level: The lowest one that is shown: debug, info, warning or error.
     """
-    _replace_handlers(level, [console.log_handler(), MemoryHandler(capacity=1)])  # without a target it keeps more, too
+    kept = MemoryHandler(capacity=1)  # has no effect before `setTarget`: every record is kept
+    _replace_handlers(level, [console.log_handler(), kept])
 
 
 def write_driver_log(folder: Path) -> None:

@@ -124,7 +124,7 @@ def stacks_written() -> str:
     try:
         with _writing, path.open("a", encoding="utf-8") as file:
             file.write(f"=== {datetime.now().astimezone().isoformat(timespec='seconds')} driver, process {os.getpid()}\n")
-            faulthandler.dump_traceback(file)  # behind what was written before
+            faulthandler.dump_traceback(file)  # flushes `file` first
             for process in list(_processes):
                 file.write(f"\n=== {process.label}\n{process.stacks()}\n")
     except OSError as error:

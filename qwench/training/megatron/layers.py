@@ -40,9 +40,6 @@ from qwench.training.megatron.context_parallel import SequenceSplit, gather_keys
 from qwench.training.megatron.fused import gated, split_heads
 from qwench.training.packed_attention import PackedAttention
 
-# For each layer megatron-core warns that it does not know `GatedMLP`, which needs no arguments of its own.
-logging.getLogger(TransformerLayer.__module__).addFilter(lambda record: "Unknown MLP type" not in record.getMessage())
-
 
 @dataclass(kw_only=True)
 class PackedTokens(PackedSeqParams):
@@ -169,6 +166,12 @@ def block_spec(config: TransformerConfig, *, transformer_impl: str) -> Transform
             attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = norm
         layer.submodules.mlp.module = GatedMLP
+        logging.getLogger(TransformerLayer.__module__).addFilter(_is_no_mlp_warning)  # the same filter counts once
     layer.submodules.self_attention.module = PackedSelfAttention
     layer.submodules.self_attention.submodules.core_attention = IdentityOp
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+
+
+def _is_no_mlp_warning(record: logging.LogRecord) -> bool:
+    """Leave out a warning of megatron-core for each layer: it does not know `GatedMLP`, which needs no further arguments."""
+    return "Unknown MLP type" not in record.getMessage()
