@@ -52,7 +52,7 @@ from qwench.training.process_group import init_process_group
 
 PEAK_FLOPS = 989.5e12
 COMPONENTS = {
-    "head": ("_statistics", "_gradient"),
+    "head": ("_statistics", "_gradient", "_head_product", "_finish"),
     "attention": ("flash", "fmha", "sdpa", "cudnn"),
     "linear": ("nvjet", "gemm", "cutlass", "xmma", "cublas", "splitK"),
     "norms, rope, SwiGLU": ("_add_rms_norm", "_rms_norm_backward", "_qk_norm_rope", "_silu_mul"),

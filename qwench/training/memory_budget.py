@@ -22,21 +22,25 @@ class ActivationBudget:
     head_chunk_tokens: int
     recomputes: bool
     """Layers keep nothing, however much memory is free."""
+    logit_bytes: int = 4
+    """See `algorithms.log_probs.logit_bytes`."""
 
-    def choose(self, num_tokens: int, num_scored: int, *, free: int | None) -> tuple[Keep, int]:
+    def choose(self, num_tokens: int, num_scored: int, *, free: int | None, has_support: bool = False) -> tuple[Keep, int]:
         """Return what layers keep, and how many bytes of logits may be kept, in a micro-batch of this size.
 
         Args:
             free: Bytes of the GPU. None: a CPU, where logits are not kept.
+            has_support: Logits are cut off where sampling kept no token, so they are float32.
         """
         if free is None:
             return (Keep.NOTHING if self.recomputes else Keep.ALL), 0
         room = free - _MARGIN_BYTES
         needed = {keep: kept_bytes(self.architecture, num_tokens, keep, self.param_dtype) for keep in Keep}
-        logits = self._logits_bytes(num_scored)
+        position = (4 if has_support else self.logit_bytes) * self.architecture.vocab_size
+        logits = num_scored * position
         if not self.recomputes and needed[Keep.ALL] + logits <= room:
             return Keep.ALL, logits
-        room -= self._chunk_bytes(num_scored)
+        room -= min(num_scored, self.head_chunk_tokens) * position
         if self.recomputes or needed[Keep.PRODUCTS] > room:
             return Keep.NOTHING, max(0, room - needed[Keep.NOTHING])
         return Keep.PRODUCTS, max(0, room - needed[Keep.PRODUCTS])
@@ -45,14 +49,8 @@ class ActivationBudget:
         """Return the bytes of activations and logits that `choose` leads to."""
         keep, logits = self.choose(num_tokens, num_scored, free=free)
         layers = kept_bytes(self.architecture, num_tokens, keep, self.param_dtype)
-        return layers + min(self._logits_bytes(num_scored), logits + self._chunk_bytes(num_scored))
-
-    def _logits_bytes(self, num_scored: int) -> int:
-        return 4 * num_scored * self.architecture.vocab_size
-
-    def _chunk_bytes(self, num_scored: int) -> int:
-        """Return the bytes of logits that are not kept, while they are used."""
-        return self._logits_bytes(min(num_scored, self.head_chunk_tokens))
+        position = self.logit_bytes * self.architecture.vocab_size
+        return layers + min(num_scored * position, logits + min(num_scored, self.head_chunk_tokens) * position)
 
 
 def kept_bytes(architecture: Architecture, num_tokens: int, keep: Keep, dtype: torch.dtype) -> int:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PreTrainedModel
 
 from qwench.algorithms.columns import MicroBatch, on_device
-from qwench.algorithms.log_probs import token_log_probs
+from qwench.algorithms.log_probs import logit_bytes, token_log_probs
 from qwench.algorithms.support import Support
 from qwench.config.sections.training import TrainingConfig
 from qwench.models.architecture import Architecture
@@ -157,6 +157,7 @@ class DirectPolicy:
             param_dtype=place.param_dtype,
             head_chunk_tokens=training.head_chunk_tokens,
             recomputes=training.recomputes_layers,
+            logit_bytes=logit_bytes(device, place.param_dtype, architecture.hidden_size),
         )
         self._trigger = torch.zeros((), device=device, requires_grad=True)
         self._weights = _move_weights(causal_lm, self._held_tensors(), place.mesh)
@@ -208,8 +209,9 @@ class DirectPolicy:
         if torch.is_grad_enabled():
             sums = self.gradients.sums
             head_sum = sums.head if len(sums.head) else None
-            free = free_bytes(device)
-            keep, kept_bytes = self.activation_budget.choose(micro_batch.num_tokens, len(labels), free=free)
+            keep, kept_bytes = self.activation_budget.choose(
+                micro_batch.num_tokens, len(labels), free=free_bytes(device), has_support=support is not None
+            )
             hidden = _Decode.apply(  # type: ignore[no-untyped-call]  # torch does not annotate it
                 self._trigger, self._decoder, weights, sums, sequences, keep
             )

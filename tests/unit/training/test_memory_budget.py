@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -44,6 +46,14 @@ def test_a_chunk_of_logits_has_room_beside_what_is_kept():
     assert _choose(_needed(Keep.PRODUCTS) + chunk - 1)[0] is Keep.NOTHING
     assert _choose(_needed(Keep.NOTHING) + chunk + 5, recomputes=True) == (Keep.NOTHING, 5)
     assert _choose(0) == (Keep.NOTHING, 0)
+
+
+def test_tiles_take_half_of_the_logits_unless_sampling_kept_some_tokens_only():
+    budget = dataclasses.replace(_budget(), logit_bytes=2)
+    enough = _needed(Keep.ALL) + _SCORED * _LOGITS // 2
+    assert budget.choose(_TOKENS, _SCORED, free=enough) == (Keep.ALL, _SCORED * _LOGITS // 2)
+    assert budget.choose(_TOKENS, _SCORED, free=enough, has_support=True) == _choose(enough)
+    assert budget.predict(_TOKENS, _SCORED, free=enough) == enough - _MARGIN
 
 
 def test_a_cpu_keeps_layers_and_no_logits():
