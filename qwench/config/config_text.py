@@ -10,9 +10,9 @@ from pathlib import Path
 
 import yaml
 
-from qwench.config.command_line.flags import flag_name, flag_table
+from qwench.config.command_line.flags import flag_table
 from qwench.config.config import Config
-from qwench.config.limits import as_flag
+from qwench.config.limits import as_flag, flag_name
 from qwench.config.values import format_value
 
 CONFIG_FILE = "qwench_config.yaml"

@@ -13,9 +13,14 @@ _LONGEST_S = 1e8
 """Three years. Timers of the operating system, of PyTorch and of its collectives count what is longer in too few bits."""
 
 
+def flag_name(field_name: str) -> str:
+    """Return max-tokens-per-gpu for max_tokens_per_gpu."""
+    return field_name.replace("_", "-")
+
+
 def as_flag(field_name: str) -> str:
     """Return --max-tokens-per-gpu for max_tokens_per_gpu."""
-    return "--" + field_name.replace("_", "-")
+    return f"--{flag_name(field_name)}"
 
 
 def check_positive(flag: str, value: float | None) -> None:

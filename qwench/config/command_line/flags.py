@@ -14,6 +14,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, get_args, get_type_hints
 
+from qwench.config.limits import flag_name
 from qwench.config.values import parse_value, takes_many
 
 NOT_FLAGS = frozenset({"sglang_args", "router_args", "declared_args", "unused_flags", "overridden_flags", "engine_reason"})
@@ -69,11 +70,6 @@ def _flag_table(config_type: Any) -> Mapping[str, Flag]:
             assert flag.name not in flags, f"two sections have the flag --{flag.name}"
             flags[flag.name] = flag
     return flags
-
-
-def flag_name(field_name: str) -> str:
-    """Return max-tokens-per-gpu for max_tokens_per_gpu."""
-    return field_name.replace("_", "-")
 
 
 def _flags_of(section_type: Any, *, section: str) -> list[Flag]:

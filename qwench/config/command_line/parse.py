@@ -21,10 +21,11 @@ from qwench.config.command_line.argv import (
     split_words,
 )
 from qwench.config.command_line.compat import IMPORT_PATHS
-from qwench.config.command_line.flags import Flag, flag_name, flag_table
+from qwench.config.command_line.flags import Flag, flag_table
 from qwench.config.command_line.help import HELP_ALL, first_sentence, help_text, help_topic, is_help
 from qwench.config.config import Config
 from qwench.config.engine_choice import look_at_machine, with_engine
+from qwench.config.limits import flag_name
 from qwench.config.rules import check_rules
 from qwench.config.sections.verbs import ServeConfig
 from qwench.config.values import yaml_words
