@@ -84,4 +84,4 @@ def check_address(flag: str, value: str) -> None:
     host, colon, port = value.removeprefix("http://").rstrip("/").rpartition(":")
     bare_ipv6 = ":" in host and not (host.startswith("[") and host.endswith("]"))
     if not (host and colon and port.isdecimal()) or bare_ipv6:
-        raise ConfigError(f"{flag} must be host:port, got {value!r}")
+        raise ConfigError(f"{flag} must be host:port ([host]:port for IPv6), got {value!r}")

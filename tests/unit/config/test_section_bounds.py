@@ -232,7 +232,7 @@ def test_a_value_that_another_one_makes_useless_is_refused(section, values, mess
 def test_an_engine_is_found_by_host_and_port(address):
     with pytest.raises(ConfigError) as caught:
         EngineConfig(rollout_external_engine_addrs=("a:1", address))
-    assert str(caught.value) == f"--rollout-external-engine-addrs must be host:port, got {address!r}"
+    assert str(caught.value) == f"--rollout-external-engine-addrs must be host:port ([host]:port for IPv6), got {address!r}"
     EngineConfig(rollout_external_engine_addrs=("a:1", "http://b:2/", "[::1]:3"))
 
 
