@@ -301,9 +301,8 @@ def test_a_marker_is_written_for_people_and_once(tmp_path):
     written = marker.stat().st_ino
     open_save_folder(CheckpointConfig(save=tmp_path), IDENTITY)
     assert marker.stat().st_ino == written
-    names = sorted("dcba")
-    for name in names:
-        (tmp_path / "other").mkdir(exist_ok=True)
+    (tmp_path / "other").mkdir()
+    for name in "cadb":
         (tmp_path / "other" / name).touch()
     with pytest.raises(ConfigError, match=r"not of a Qwench run \(a, b, c\)"):
         open_save_folder(CheckpointConfig(save=tmp_path / "other"), IDENTITY)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.varlen import varlen_attn
 
 from qwench.training import packed_attention
 from qwench.training.packed_attention import PackedAttention, PaddedRows
@@ -75,9 +72,3 @@ def test_a_kernel_for_packed_tokens_gets_the_borders_of_the_pieces(monkeypatch):
         )
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert asked == [(3, 4, torch.int32, torch.int32), (3, 3, torch.int32, torch.int32)]
-
-
-def test_torchs_kernel_is_asked_to_be_causal_and_told_of_fewer_key_heads_where_it_asks():
-    options = packed_attention._causal_varlen.keywords
-    wants = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    assert options == {"window_size": (-1, 0), **({"enable_gqa": True} if wants else {})}
