@@ -84,6 +84,19 @@ def test_bits_of_a_run_hold_where_batches_cannot_change_them(words, problem):
     assert deterministic_engines_are_ours(config) is None
 
 
+@pytest.mark.parametrize(
+    ("words", "num_gpus"),
+    [
+        (("--colocate", "--actor-num-gpus-per-node", "4"), 4),
+        (("--actor-num-gpus-per-node", "6", "--rollout-num-gpus", "5"), 5),
+    ],
+)
+def test_engines_divide_the_gpus_that_they_have(words, num_gpus):
+    problem = f"--rollout-num-gpus-per-engine 3 does not divide the {num_gpus} GPUs of the engines"
+    with pytest.raises(ConfigError, match=problem):
+        parse(*words, "--rollout-num-gpus-per-engine", "3")
+
+
 def test_a_size_of_engines_means_sglang_also_when_it_is_the_default():
     assert parse("--rollout-num-gpus-per-engine", "1").engine.kind == "sglang"
     assert Config().engine.kind == "embedded"

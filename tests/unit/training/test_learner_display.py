@@ -25,7 +25,7 @@ def test_every_pass_is_shown_traced_measured_and_said_to_the_hooks(monkeypatch):
     console, hooks = RecordingConsole(), Hooks(before_log_probs=said.append, before_step=lambda *numbers: said.append(numbers))
     monkeypatch.setattr(console, "phase", note)
     monkeypatch.setattr(learner, "time", SimpleNamespace(perf_counter=iter([7.0, 9.0]).__next__))
-    others = {"teacher": TableTrainer(TABLE), "profiler": SimpleNamespace(rollout=note, phase=note)}
+    others = {"teacher": TableTrainer(TABLE), "profiler": SimpleNamespace(rollout=note, phase=note), "peak_tflops": 4.0}
     _, learned = learn(rollout, global_batch_size=4, use_kl_loss=True, hooks=hooks, console=console, others=others)
     titles = {"reference log-probs": "ref_", "teacher log-probs": "teacher_", "log-probs": ""}
     passes = [one for title, prefix in titles.items() for one in (title, "train_log_probs", prefix)]
@@ -35,6 +35,7 @@ def test_every_pass_is_shown_traced_measured_and_said_to_the_hooks(monkeypatch):
     ]  # fmt: skip
     names = ("teacher_log_probs", "ref_log_probs", "log_probs", "actor_train")
     assert {f"perf/{name}_tflops" for name in names} < learned.metrics.keys()
+    assert learned.metrics["perf/actor_train_mfu"] == learned.metrics["perf/actor_train_tflops"] / 4
     assert learned.metrics["perf/actor_train_tok_per_s"] == sum(len(sample.tokens) for sample in rollout.samples) / 2
     assert learned.metrics["rollout/teacher_log_probs"] == pytest.approx(learned.metrics["rollout/log_probs"])
 
