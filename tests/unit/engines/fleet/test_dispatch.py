@@ -182,8 +182,8 @@ def test_a_request_waits_for_an_engine_that_may_become_ready(states, can_republi
         for member, state in zip(scene.members, states, strict=True):
             await scene.members.set_state(member, state)
         asked = asyncio.ensure_future(scene.dispatcher.generate(request()))
-        done, _ = await asyncio.wait([asked], timeout=0.02)
-        if not done:
+        await turns()
+        if not asked.done():
             asked.cancel()
             return "waits"
         return "refused" if isinstance(asked.exception(), EngineError) else "answered"
