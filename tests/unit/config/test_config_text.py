@@ -68,7 +68,7 @@ def test_a_secret_that_a_later_one_replaces_is_not_shown():
 
 def test_neither_a_key_nor_what_the_parser_adds_is_a_value_of_a_run():
     values = flag_values(SECRETS)
-    assert {"--wandb-key", "--engine-reason", "--unused-flags"} & values.keys() == set()
+    assert {"--wandb-key", "--engine-reason", "--unused-flags", "--overridden-flags"} & values.keys() == set()
     kept = list(yaml.safe_load(as_yaml(SECRETS)))
     assert kept.index("train-env-vars") < kept.index("sglang-page-size"), "cluster comes before engine"
 
