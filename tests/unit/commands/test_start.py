@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import Qwen3Config
 from qwench.commands import start
 from qwench.commands.start import with_local_inputs
 from qwench.config.config import Config
-from qwench.config.eval_sets import eval_settings
+from qwench.config.engine_choice import Machine
 from qwench.config.plan import plan_run
 from qwench.config.sections.algorithm import AlgorithmConfig
 from qwench.config.sections.checkpoint import CheckpointConfig
@@ -114,57 +115,49 @@ def test_the_first_row_of_each_file_has_the_column_of_its_prompt(tmp_path: Path)
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
-def test_a_run_is_warned_of_checked_and_planned_before_pytorch_reads_the_environment(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dry_run: bool
+def test_the_environment_is_set_before_a_run_is_planned_and_a_dry_run_leaves_it_and_shows_the_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, dry_run: bool
 ) -> None:
+    Qwen3Config().save_pretrained(tmp_path)
+    data = DataConfig(prompt_data=str(tmp_path / "a.jsonl"))
     config = Config(
         debug=DebugConfig(dry_run=dry_run),
-        evaluation=EvalConfig(eval_config=Path("sets.yaml")),
-        rollout=RolloutConfig(rollout_batch_size=8, num_rollout=2),
-        data=DataConfig(prompt_data="a.jsonl"),
+        evaluation=EvalConfig(eval_config=tmp_path / "sets.yaml"),
+        rollout=RolloutConfig(rollout_batch_size=8, n_samples_per_prompt=2, num_rollout=2),
+        data=data,
+        model=ModelConfig(hf_checkpoint=tmp_path),
+        foreign=ForeignConfig(unused_flags=("colors",)),
     )
-    planned = plan_run(replace(config, evaluation=EvalConfig()), QWEN3_4B, on_gpus=False)
-    (one_set,) = eval_settings(EvalConfig(eval_prompt_data=("a", "owner/sums")), config.rollout, config.data)
-    calls: list[tuple[object, ...]] = []
-
-    def note(name: str, result: object = None) -> Callable[..., object]:
-        return lambda *words, **flags: calls.append((name, *words, *flags.items())) or result
+    (tmp_path / "sets.yaml").write_text("eval: {datasets: [{name: sums, path: owner/sums}]}")
+    found: list[str | None] = []
 
     def plan(config: Config, *, trains: bool) -> object:
-        calls.append(("plan", config, trains, os.environ.get("QWENCH_TEST_ORDER")))
-        return replace(planned, eval_sets=(one_set,))
+        found.append(os.environ.get("QWENCH_TEST_ORDER"))
+        return plan_run(config, QWEN3_4B, trains=trains, on_gpus=False)
 
-    for name, result in (
-        ("warnings", ["of flags"]),
-        ("_check_columns", None),
-        ("look_at_machine", "machine"),
-        ("check_engine_is_installed", None),
-        ("trainer_environment", {"QWENCH_TEST_ORDER": "set"}),
-        ("data_files", "/hub/sums"),
-        ("plan_warnings", ["of the plan"]),
-        ("_show", None),
-    ):
-        monkeypatch.setattr(start, name, note(name, result))
     monkeypatch.setattr(inputs, "plan_inputs", plan)
+    monkeypatch.setattr(start, "trainer_environment", lambda config, environ: {"QWENCH_TEST_ORDER": "set"})
+    monkeypatch.setattr(start, "data_files", lambda name, *, flag: f"/hub/{name}")
+    monkeypatch.setattr(start, "plan_warnings", lambda config, plan: ["of the plan"])
     monkeypatch.delenv("QWENCH_TEST_ORDER", raising=False)
     monkeypatch.setattr(os, "environ", dict(os.environ))
+    (tmp_path / "a.jsonl").write_text('{"other": "1 + 1"}\n')
+    with pytest.raises(ConfigError, match="--input-key"):
+        start.prepare(config)
+    assert found == [] and "QWENCH_TEST_ORDER" not in os.environ
+    (tmp_path / "a.jsonl").write_text(json.dumps({data.input_key: "1 + 1"}))
+    capsys.readouterr()
     made = start.prepare(config, trains=False)
-    assert made == replace(planned, eval_sets=(replace(one_set, path="/hub/sums"),))
-    installed = [
-        ("look_at_machine",),
-        ("check_engine_is_installed", config, "machine"),
-        ("trainer_environment", config, os.environ),
-    ]
-    assert calls == [
-        ("warnings", config, ("trains", False)),
-        ("_check_columns", config),
-        *([] if dry_run else installed),
-        ("plan", config, False, None if dry_run else "set"),
-        ("data_files", "owner/sums", ("flag", "--eval-config")),
-        ("plan_warnings", config, made),
-        *([("_show", config, made)] if dry_run else []),
-    ]
-    assert capsys.readouterr().err == "qwench: warning: of flags\nqwench: warning: of the plan\n"
+    assert ([one.path for one in made.eval_sets], made.devices.trains) == (["/hub/owner/sums"], False)
+    assert found == [None if dry_run else "set"]
+    shown = capsys.readouterr()
+    first, *_, last = shown.err.splitlines()
+    assert "--colors" in first and last == "qwench: warning: of the plan"
+    assert ("\nplan\n" in shown.out) == dry_run
+    monkeypatch.setattr(start, "look_at_machine", lambda: Machine(has_sglang=False, num_gpus=0))
+    with nullcontext() if dry_run else pytest.raises(ConfigError, match="sglang"):
+        start.prepare(replace(config, engine=EngineConfig(rollout_engine="sglang")))
+    assert len(found) == 1 + dry_run
 
 
 def test_a_dry_run_shows_what_was_given_and_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
