@@ -22,7 +22,7 @@ def find_compilers() -> list[str]:
 
 def facts_of(compiler: str) -> tuple[str, ...]:
     """Return what a compiled library depends on besides its sources."""
-    return (*_OPTIONS, _run([compiler, "--version"], Path.cwd()), _processor())
+    return (*_OPTIONS, _run([compiler, "--version"]), _processor())
 
 
 def compile_library(compiler: str, sources: Sequence[Path], folder: Path) -> Path:
@@ -37,8 +37,8 @@ def compile_library(compiler: str, sources: Sequence[Path], folder: Path) -> Pat
     return folder / "kernels.so"
 
 
-def _run(command: Sequence[str], folder: Path) -> str:
-    """Run the compiler in a folder and return what it prints."""
+def _run(command: Sequence[str], folder: Path | None = None) -> str:
+    """Run the compiler, in a folder or where this process is, and return what it prints."""
     return subprocess.run(
         command, cwd=folder, capture_output=True, text=True, errors="replace", check=True, timeout=_TIMEOUT_S
     ).stdout

@@ -130,6 +130,15 @@ def test_the_compiler_is_asked_for_objects_and_for_a_library_of_them(monkeypatch
 
 
 @needs_compiler
+def test_a_working_folder_that_is_gone_hides_no_compiler(monkeypatch, tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert compiler.facts_of(find_compilers()[0])
+
+
+@needs_compiler
 def test_another_processor_needs_another_library(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "compile_library", lambda *given: Path(module.library()._name))
     monkeypatch.setattr(compiler, "_CPU_INFO", tmp_path / "cpuinfo")
