@@ -115,8 +115,9 @@ def _keep(built: Path, kept: Path) -> None:
 def _remove_unused(folder: Path) -> None:
     """Remove libraries of other versions, compilers and processors that no process has loaded for long."""
     for path in folder.glob("kernels-*.so"):
-        if path.stat().st_mtime < time.time() - _KEPT_DAYS * 86400:
-            path.unlink()
+        with suppress(OSError):  # another user's, or another process removes it now
+            if path.stat().st_mtime < time.time() - _KEPT_DAYS * 86400:
+                path.unlink()
 
 
 def _load_kept(kept: Path) -> CDLL:

@@ -67,14 +67,16 @@ def test_the_next_compiler_is_tried_and_libraries_that_nothing_uses_are_removed(
     monkeypatch.setattr(compiler, "COMPILERS", (bad, *find_compilers()))
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / ".cache" / "qwench"
-    folder.mkdir(parents=True)
-    month_ago = time.time() - 31 * 86400
-    for name, when in (("kernels-old.so", month_ago), ("kernels-new.so", month_ago + 2 * 86400), ("other", month_ago)):
-        (folder / name).touch()
-        os.utime(folder / name, (when, when))
-    assert isinstance(_make(), CDLL) and "bad++" in caplog.text and "PyTorch" not in caplog.text
-    [made] = set(folder.iterdir()) - {folder / "kernels-new.so", folder / "other"}
-    assert (folder / "kernels-new.so").exists() and made.name != "kernels-old.so"
+    (folder / "kernels-stays.so").mkdir(parents=True)  # like a file of another user, it cannot be removed
+    month_ago, stay = time.time() - 31 * 86400, {folder / name for name in ("kernels-new.so", "other", "kernels-stays.so")}
+    for path in (folder / "kernels-old.so", *stay):
+        path.is_dir() or path.touch()
+        when = month_ago + 2 * 86400 * (path.name == "kernels-new.so")
+        os.utime(path, (when, when))
+    loaded = _make()
+    assert isinstance(loaded, CDLL) and "bad++" in caplog.text and "PyTorch" not in caplog.text
+    [made] = set(folder.iterdir()) - stay
+    assert all(path.exists() for path in stay) and loaded._name == str(made) and made.name != "kernels-old.so"
     os.utime(made, (month_ago, month_ago))
     assert isinstance(_make(), CDLL)
     assert made.stat().st_mtime > month_ago + 86400  # a use that counts
