@@ -9,7 +9,8 @@ def counted(count: int, noun: str) -> str:
 def cannot_listen(what: str, host: str, port: int, cause: OSError, *, flag: str | None = None) -> str:
     """Say that a port cannot be listened on, and by which flag another is chosen; None: by no flag."""
     advice = f"choose another with {flag}" if flag is not None else "end what holds it"
-    return f"{what} cannot listen on {host} port {port} ({cause.strerror or cause}); {advice}."
+    why = (cause.strerror or str(cause)).partition(" (while attempting to bind")[0]  # Python repeats the address
+    return f"{what} cannot listen on {host} port {port} ({why}); {advice}."
 
 
 class QwenchError(Exception):

@@ -15,6 +15,11 @@ def test_a_count_has_its_noun(count, text):
     ("cause", "flag", "said"),
     [
         (OSError(errno.EADDRINUSE, "Address already in use"), "--port", "Address already in use); choose another with --port."),
+        (
+            OSError(errno.EADDRINUSE, "In use (while attempting to bind on address ('::1', 80))"),
+            None,
+            "In use); end what holds it.",
+        ),
         (OSError("odd"), None, "odd); end what holds it."),
     ],
 )
