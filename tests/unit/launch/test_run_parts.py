@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -340,52 +340,49 @@ def test_a_source_of_the_user_goes_on_from_its_own_folder_and_a_shorter_run_is_s
     assert (resumed, lengths) == ([Path("run")], [2]) and caplog.messages == ["is done"]
 
 
-@pytest.mark.parametrize(("rank", "writes"), [(0, True), (0, False), (1, True)])
-def test_checkpoints_are_opened_before_the_logs_which_the_main_rank_alone_has(
-    rank: int, writes: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    done, timer = Said(), PhaseTimer()
+def outputs_of(folder: Path, *, rank: int = 0) -> Inputs:
+    """Return the inputs of a run that writes checkpoints, logs and disagreements of graders below a folder."""
     config = Config(
         rollout=RolloutConfig(**SIZE, n_samples_per_prompt=2), training=TrainingConfig(num_steps_per_rollout=2),
-        checkpoint=CheckpointConfig(save=tmp_path / "save"), logging=LoggingConfig(log_dir=tmp_path),
+        checkpoint=CheckpointConfig(save=folder / "save"), logging=LoggingConfig(log_dir=folder / "log"),
         reward=RewardConfig(rm_type="math", second_grader="math-verify"),
         data=DataConfig(chat_template_path=Path("chat.jinja"), apply_chat_template=True),
     )  # fmt: skip
-    inputs = replace(inputs_of(config), rank=rank, tokenizer=SimpleNamespace(chat_template="template"))
-    results = {"CheckpointManager": "kept", "claim_outputs": "name", "_best": "best", "make_args": "args"}
-    logs = ("check_metrics_file", "read_disagreements", "open_logs")
-    for name in (*results, *logs, "after_save", "write_hf_checkpoint"):
+    return replace(inputs_of(config), rank=rank, tokenizer=SimpleNamespace(chat_template="template"))
 
-        def act(*given: object, name: str = name, **options: object) -> object:
-            done.append((name, *given, options))
-            return results.get(name, ())
 
-        monkeypatch.setattr(outputs, name, act)
-    metrics, listed = ("check_metrics_file", tmp_path / "metrics.jsonl", {}), tmp_path / "second_grader.jsonl"
-    opened = [("open_logs", config, tmp_path, {})] if writes else []
-    for disagreements in ([], [("read_disagreements", listed, {})]):
-        done.clear()
-        checkpoints, name, held = outputs.open_outputs(inputs, timer, writes=writes)
-        assert (checkpoints, name, type(held)) == ("kept", "" if rank else "name", ExitStack)
-        assert names(done)[:3] == ["_best", "after_save", "CheckpointManager"]
-        claimed = ("claim_outputs", config, held, {"writes": writes})
-        assert done[3:] == ([] if rank else [claimed, metrics, *disagreements, *opened])
-        listed.touch()
-    section, identity, console, given = find(done, "CheckpointManager")
-    assert (section, identity, console) == (config.checkpoint, outputs.run_identity(inputs), inputs.console)
-    write_hf = given.pop("write_hf")
-    assert given == {
-        "timer": timer, "is_main": writes and not rank, "flags": outputs.flag_values(config), "steps_per_rollout": 2,
-        "best": "best", "barrier": outputs.barrier, "after_save": (),
-    }  # fmt: skip
-    section, make, _ = find(done, "after_save")
-    assert (section, make()) == (config.foreign, "args")
-    write_hf(Path("hf"), "buckets")
-    written = {"source": inputs.model_folder, "chat_template": "template"}
-    assert done[-2:] == [
-        ("make_args", config, inputs.plan, {"host": "", "port": 0}),
-        ("write_hf_checkpoint", Path("hf"), "buckets", written),
-    ]
+@pytest.mark.parametrize(("rank", "writes"), [(0, True), (0, False), (1, True)])
+def test_the_main_rank_alone_checks_outputs_and_a_run_logs_once_they_are_checked(
+    rank: int, writes: bool, tmp_path: Path
+) -> None:
+    outputs.open_outputs(outputs_of(tmp_path), PhaseTimer())[2].close()  # an earlier start
+    log = tmp_path / "log" / "driver.log"
+    log.unlink()
+    inputs = outputs_of(tmp_path, rank=rank)
+    for damaged in ("metrics.jsonl", "second_grader.jsonl"):
+        (tmp_path / "log" / damaged).write_text("my notes\n")
+        with nullcontext() if rank else pytest.raises(ConfigError, match=damaged):
+            outputs.open_outputs(inputs, PhaseTimer(), writes=writes)
+        assert not log.exists()
+        (tmp_path / "log" / damaged).unlink()
+    _, name, held = outputs.open_outputs(inputs, PhaseTimer(), writes=writes)
+    held.close()
+    assert (name, log.exists()) == ("" if rank else str(tmp_path / "save"), writes and not rank)
+
+
+def test_checkpoints_have_the_steps_of_a_rollout_and_export_the_users_template(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written: list[object] = []
+    monkeypatch.setattr(outputs, "CheckpointManager", lambda *given, **options: options)
+    monkeypatch.setattr(outputs, "write_hf_checkpoint", lambda *given, **options: written.append((*given, options)))
+    for rank, writes in ((0, True), (0, False), (1, True)):
+        inputs = outputs_of(tmp_path, rank=rank)
+        made, _, held = outputs.open_outputs(inputs, PhaseTimer(), writes=writes)
+        held.close()
+        assert (made["is_main"], made["steps_per_rollout"]) == (writes and not rank, 2)
+    made["write_hf"](Path("hf"), "buckets")
+    assert written == [(Path("hf"), "buckets", {"source": inputs.model_folder, "chat_template": "template"})]
 
 
 def test_a_start_is_logged_before_anything_is_built(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
