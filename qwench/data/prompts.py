@@ -93,7 +93,8 @@ def load_prompts(
     if not prompts:
         raise ConfigError(
             f"all {len(token_ids)} prompts of {spec} are longer than the limit of {max_prompt_len} tokens (the shortest has "
-            f"{min(map(len, token_ids))}); raise --rollout-max-prompt-len (or --eval-max-prompt-len)."
+            f"{min(map(len, token_ids))}): the least of --rollout-max-prompt-len (evaluation: --eval-max-prompt-len) and, less "
+            "one token, of --rollout-max-context-len, --embedded-kv-cache-tokens and the model's positions; raise what sets it."
         )
     return LoadedPrompts(prompts=prompts, num_dropped=len(token_ids) - len(prompts))
 

@@ -99,7 +99,7 @@ def test_wrong_value_is_refused(
         ({"dynamic_sampling_filter_path": "nowhere.keep"}, "cannot be imported"),
         ({"eval_function_path": "nowhere.evaluate"}, "cannot be imported"),
         ({"freeze_params_name_list": "linear_qkv"}, "'linear_qkv' matches no parameter of the model"),
-        ({"embedded_kv_cache_tokens": 16}, "longer than the limit of 15"),
+        ({"embedded_kv_cache_tokens": 16}, "one token, of --rollout-max-context-len, --embedded-kv-cache-tokens"),
         (
             {"rollout_engine": "sglang", "sglang_no_such_flag": 3, "deterministic_mode": None},
             "unknown flag --sglang-no-such-flag",

@@ -115,7 +115,9 @@ def test_prompts_over_the_limit_are_dropped_and_counted(tmp_path):
 
 
 def test_a_limit_that_drops_everything_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"all 2 .* of 3 tokens \(the shortest has 4\); raise --rollout-max-prompt-len"):
+    with pytest.raises(
+        ConfigError, match=r"all 2 .* of 3 tokens \(the shortest has 4\): .* of --rollout-max-prompt-len .*-kv-"
+    ):
         load(tmp_path, [{"prompt": "1234"}, {"prompt": "12345"}], max_prompt_len=3)
 
 
