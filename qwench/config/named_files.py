@@ -47,6 +47,8 @@ def check_checkpoint(model: ModelConfig) -> None:
     assert folder is not None, "required flags are asked for first"
     if find_reference(str(folder), "model") is not None:
         return
+    if folder.is_file():
+        raise ConfigError(f"--hf-checkpoint: {folder} is a file; give the Hugging Face folder with config.json and tokenizer")
     if not folder.is_dir():
         raise ConfigError(
             f"--hf-checkpoint: there is no folder {folder}; `qwench download OWNER/NAME --output {folder.parent}` fetches one"

@@ -36,6 +36,7 @@ def test_the_reward_is_asked_for_with_the_data_that_could_have_named_it(files):
     ("extra", "message"),
     [
         (["--hf-checkpoint", "{}/absent"], "--hf-checkpoint: there is no folder {}/absent"),
+        (["--hf-checkpoint", "{}/model/config.json"], "--hf-checkpoint: {}/model/config.json is a file; give the Hugging Face"),
         (["--hf-checkpoint", "{}/empty"], "--hf-checkpoint: {}/empty has no config.json"),
         (["--hf-checkpoint", "{}/adapter"], "--hf-checkpoint: {}/adapter is a LoRA adapter; merge it into its base model"),
         (
