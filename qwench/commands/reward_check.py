@@ -221,6 +221,9 @@ def read_rows(path: Path, *, response_key: str, label_key: str) -> Iterator[Row]
                 )
     except FileNotFoundError as error:
         raise ConfigError(f"there is no file {path}") from error
+    except IsADirectoryError as error:
+        files = ", ".join(sorted(file.name for file in path.glob("*.jsonl"))) or "no .jsonl file"
+        raise ConfigError(f"{path} is a folder; name one file of responses (it holds {files})") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 

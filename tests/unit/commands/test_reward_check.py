@@ -111,7 +111,11 @@ def test_bad_line_is_named_with_its_file_and_number(tmp_path: Path, row: object,
 def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^there is no file .*none.jsonl$"):
         check(tmp_path / "none.jsonl")
-    with pytest.raises(ConfigError, match=f"^{tmp_path} cannot be read: .*directory"):
+    with pytest.raises(ConfigError, match=f"^{tmp_path} is a folder; name one file of responses .it holds no .jsonl file.$"):
+        check(tmp_path)
+    for name in ("b.jsonl", "a.jsonl", "metrics.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=r"it holds a\.jsonl, b\.jsonl\)$"):
         check(tmp_path)
     (tmp_path / "bytes").write_bytes(b'{"response": "\xff"}')
     with pytest.raises(ConfigError, match=r"bytes cannot be read: .*utf-8"):
