@@ -315,8 +315,8 @@ class CheckpointManager:
             shutil.rmtree(temporary, ignore_errors=True)
         return CheckpointError(
             f"checkpoint {iteration} could not be written to --save {self._config.save} ({why}; "
-            f"{readable_size(size)} of it were written and are removed). Make room; the same command resumes from the "
-            "checkpoint before."
+            f"{readable_size(size)} of it were written and are removed). Make room; the same command then goes on "
+            "from the checkpoint before, or from the start where there is none."
         )
 
     def _write(
