@@ -131,7 +131,7 @@ def recorded_rollouts_are_counted(config: Config) -> str | None:
 def fine_tuning_has_one_response(config: Config) -> str | None:
     """A conversation is its own response."""
     if config.algorithm.loss_type == "sft_loss" and config.rollout.n_samples_per_prompt != 1:
-        return f"--n-samples-per-prompt must be 1 with --loss-type sft_loss, got {config.rollout.n_samples_per_prompt}"
+        return f"--n-samples-per-prompt must be 1 in fine-tuning, got {config.rollout.n_samples_per_prompt}"
     return None
 
 

@@ -174,7 +174,7 @@ REFUSED = [
     ),
     (
         {"algorithm": AlgorithmConfig(loss_type="sft_loss"), "rollout": RolloutConfig(n_samples_per_prompt=2)},
-        "--n-samples-per-prompt must be 1 with --loss-type sft_loss, got 2",
+        "--n-samples-per-prompt must be 1 in fine-tuning, got 2",
     ),
     ({"rollout": RolloutConfig(rollout_function_path=SFT_ROLLOUT)}, "--rollout-function-path names the rollout function of"),
     ({"debug": DebugConfig(debug_train_only=True)}, "--debug-train-only trains on recorded rollouts"),
