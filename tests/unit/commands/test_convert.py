@@ -1,8 +1,9 @@
 """What `qwench convert` says when it has ended."""
 
 import shutil
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, local
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from qwench.launch import conversion as module
 from qwench.launch.conversion import PROMPTS, _report, _verify
 from qwench.models.built_tokenizers import build_small_tokenizer
 from qwench.models.random_qwen3 import make_checkpoint
+from tests.deadlines import patient
 from tests.fakes.console import RecordingConsole
 
 
@@ -158,49 +160,42 @@ def test_the_bar_of_all_ranks_advances_by_whole_megabytes_of_one_rank() -> None:
     assert steps == [0, 1, 4]  # 0.8, 1.2 and 5.2 MB of four ranks
 
 
-@pytest.mark.parametrize(("rank", "verify"), [(0, True), (0, False), (1, True)])
+@pytest.mark.parametrize("verify", [True, False])
 def test_ranks_convert_together_and_the_main_one_reports_and_verifies(
-    rank: int, verify: bool, monkeypatch: pytest.MonkeyPatch
+    verify: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    conversion = Conversion(source=Path("a"), output=Path("b"), to="fsdp", hf_folder=Path("hf"), config=PretrainedConfig())
-    converted = Converted(num_tensors=7, nbytes=3 * 10**9, with_optimizer=False)
-    done: list[tuple[object, ...]] = []
-    console = RecordingConsole()
-
-    class Working:
-        nbytes, weight_dtype = 3 * 10**6, torch.float16
-
-        def __init__(self, given: Conversion) -> None:
-            assert given is conversion
-
-        def run(self, ranks: Ranks, advance: Callable[[int], None]) -> Converted:
-            advance(2 * 10**6)
-            done.append(("run", ranks.rank, ranks.size))
-            return converted
+    make_checkpoint(tmp_path / "hf", size="tiny", tokenizer=build_small_tokenizer())
+    meeting, gathered, own = Barrier(2, timeout=patient(60)), dict[int, object](), local()
 
     def gather(value: object) -> list[object]:
-        done.append(("gather", value if value is None else value > 2**20))
-        return [value, value]
+        gathered[own.rank] = value
+        meeting.wait()
+        found = [gathered[0], gathered[1]]
+        meeting.wait()
+        return found
 
-    monkeypatch.setattr(module, "Converter", Working)
-    monkeypatch.setattr(module, "_join_ranks", lambda: Ranks(rank=rank, size=2, gather=gather))
-    monkeypatch.setattr(module, "open_console", lambda: console)
-    for name in ("load_tokenizer", "_report", "_verify", "leave_process_group"):
-        monkeypatch.setattr(module, name, lambda *given, name=name, **options: done.append((name, *given, options)))
-    module._run(conversion, verify=verify)
-    said = [one for one in done if one[0] == "_report"]
-    [(_, shown, *of_report, options)] = said
-    assert (shown is console, of_report, len(options["peaks"])) == (rank == 0, [conversion, converted], 2)
-    assert [one for one in done if one not in said] == [
-        *([("load_tokenizer", Path("hf"), {})] if verify else []),
-        ("run", rank, 2),
-        ("gather", True),  # bytes: more than a megabyte
-        *([("_verify", console, conversion, torch.float16, {})] if verify and rank == 0 else []),
-        ("gather", None),
-        ("leave_process_group", {}),
-    ]
-    bars = [(bar.description, bar.total, bar.steps) for bar in console.progresses]
-    assert bars == ([("a -> b (MB)", 6, [4])] if rank == 0 else [])
+    def work(rank: int) -> None:
+        own.rank = rank
+        words = ["--input", str(tmp_path / "hf"), "--output", str(tmp_path / "out"), "--to", "torch_dist"]
+        run([*words, *["--verify"] * verify])
+
+    monkeypatch.setattr(module, "_join_ranks", lambda: Ranks(rank=own.rank, size=2, gather=gather))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
+    wrote, *verified = capsys.readouterr().out.splitlines()
+    assert wrote.startswith(f"wrote {tmp_path / 'out'} (torch_dist): {4 * 11 + 2} tensors, ") and " GB per process" in wrote
+    assert [line.partition(":")[0] for line in verified] == ["verified"] * verify
+    assert {path.name[:4] for path in (tmp_path / "out").rglob("*.distcp")} == {"__0_", "__1_"}
+    assert gathered == {0: None, 1: None}, "no rank leaves while the main one verifies"
+
+
+def test_a_tokenizer_that_a_verification_needs_is_missed_before_the_work(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "hf", size="tiny", tokenizer=build_small_tokenizer())
+    for path in (tmp_path / "hf").glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="tokenizer"):
+        run(["--input", str(tmp_path / "hf"), "--output", str(tmp_path / "out"), "--to", "hf", "--verify"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_source_and_a_full_disk_are_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
