@@ -10,6 +10,7 @@ from pathlib import Path
 from qwench.checkpoints.folders import foreign_checkpoint, is_save_folder
 from qwench.checkpoints.formats.iterations import Iterations
 from qwench.checkpoints.manifest import read_manifest
+from qwench.config.limits import as_flag
 from qwench.config.sections.checkpoint import CheckpointConfig
 from qwench.config.sections.debug import ProfilingConfig
 from qwench.config.sections.timeouts import TimeoutConfig
@@ -20,7 +21,7 @@ _logger = logging.getLogger(__name__)
 _WITHOUT_EFFECT = frozenset(
     {"--save", "--load", "--save-hf", "--save-interval", "--keep-checkpoints", "--save-numbering"}
     | {"--ckpt-step", "--log-dir", "--log-level", "--dry-run", "--debug-exit-after-rollout", "--save-trigger-sentinel"}
-    | {f"--{field.name.replace('_', '-')}" for section in (TimeoutConfig, ProfilingConfig) for field in fields(section)}
+    | {as_flag(field.name) for section in (TimeoutConfig, ProfilingConfig) for field in fields(section)}
 )
 """Flags that name places and reports: another value changes no number."""
 _SCHEDULE = (

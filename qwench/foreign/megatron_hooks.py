@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from qwench.config.limits import as_flag
 from qwench.config.sections.foreign import ForeignConfig
 from qwench.foreign.loading import load
 from qwench.foreign.sample import Foreign
@@ -51,7 +52,7 @@ def load_hooks(section: ForeignConfig) -> dict[str, Function]:
     """
     loaded = {}
     for name, called_as in _CALLED_AS.items():
-        path, flag = getattr(section, name), f"--{name.replace('_', '-')}"
+        path, flag = getattr(section, name), as_flag(name)
         if path is not None:
             function = load(path, flag=flag)
             check_signature(function, path, flag=flag, called_as=called_as, num_arguments=called_as.count(",") + 1)

@@ -21,6 +21,7 @@ from typing import NoReturn
 from qwench.cluster.child import describe_end
 from qwench.config.config import Config
 from qwench.config.eval_sets import EvalSettings
+from qwench.config.limits import as_flag
 from qwench.errors import ConfigError
 from qwench.observability.stopping import end_with_parent
 from qwench.observability.waiting import waiting
@@ -49,7 +50,7 @@ def _function_paths(config: Config, sets: Sequence[EvalSettings]) -> Iterator[tu
         for name in (item.name for item in fields(section) if item.name.endswith("_path")):
             value = getattr(section, name)
             for path in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
-                yield f"--{name.replace('_', '-')}", path
+                yield as_flag(name), path
 
 
 def _import_in_child(flags: Mapping[str, str]) -> None:

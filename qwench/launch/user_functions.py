@@ -14,6 +14,7 @@ from qwench.algorithms.method import UserTerms
 from qwench.config.config import Config
 from qwench.config.environment import JUDGE_KEY_VARIABLE
 from qwench.config.eval_sets import EvalSettings, eval_settings
+from qwench.config.limits import as_flag
 from qwench.config.sections.agent import AGENT, TOOL_LOOP, AgentConfig
 from qwench.config.sections.evaluation import EvalConfig
 from qwench.config.sections.reward import RewardConfig
@@ -92,7 +93,7 @@ def load_user_functions(config: Config) -> UserFunctions:
     if config.algorithm.advantage_estimator == "gdpo" and rollout.dynamic_sampling_filter_path == _FILTER_OF_SUMS:
         rollout = replace(rollout, dynamic_sampling_filter_path=_FILTER_OF_PARTS)
     for name, target in _ROLLOUT_FLAGS.items():
-        function, path = _foreign_function(config, getattr(rollout, name), f"--{name.replace('_', '-')}")
+        function, path = _foreign_function(config, getattr(rollout, name), as_flag(name))
         if function is not None:
             adapted[target] = getattr(adapters, target)(function, path)
             cleared: dict[str, Any] = {name: None}  # Any: as the field's annotation says

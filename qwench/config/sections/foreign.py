@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from qwench.config.limits import check_import_path
+from qwench.config.limits import as_flag, check_import_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,10 +44,10 @@ class ForeignConfig:
     def __post_init__(self) -> None:
         for item in fields(self):
             if item.name.endswith("_path") and item.name != "custom_config_path":
-                check_import_path(f"--{item.name.replace('_', '-')}", getattr(self, item.name))
+                check_import_path(as_flag(item.name), getattr(self, item.name))
 
     @property
     def megatron_hooks(self) -> tuple[str, ...]:
         """Return the flags that name functions around Megatron's model."""
         hooks = (item.name for item in fields(self) if item.name.startswith("custom_megatron_"))
-        return tuple(f"--{name.replace('_', '-')}" for name in hooks if getattr(self, name) is not None)
+        return tuple(as_flag(name) for name in hooks if getattr(self, name) is not None)

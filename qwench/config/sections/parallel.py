@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from qwench.config.layout import ParallelLayout
-from qwench.config.limits import check_positive
+from qwench.config.limits import as_flag, check_positive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +34,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for item in fields(self):
             if item.name != "sequence_parallel":
-                check_positive(f"--{item.name.replace('_', '-')}", getattr(self, item.name))
+                check_positive(as_flag(item.name), getattr(self, item.name))
 
     @property
     def layout(self) -> ParallelLayout:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from qwench.config.limits import (
+    as_flag,
     check_finite,
     check_fraction,
     check_import_path,
@@ -196,4 +197,4 @@ class AsyncConfig:
         if not self.fully_async:
             for field in fields(self):
                 if field.name != "pause_generation_mode" and getattr(self, field.name) != field.default:
-                    raise ConfigError(f"--{field.name.replace('_', '-')} has no effect without --fully-async; add it")
+                    raise ConfigError(f"{as_flag(field.name)} has no effect without --fully-async; add it")

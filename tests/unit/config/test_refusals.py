@@ -26,6 +26,8 @@ TABLE = [
         "--custom-pg-loss-reducer-function-path a.b",
         "--custom-pg-loss-reducer-function-path has no effect with --loss",
     ),
+    ("", "--loss-type custom_loss", "--loss-type custom_loss has no effect without --custom-loss-function-path; give both"),
+    ("", "--custom-loss-function-path a.b", "--custom-loss-function-path has no effect without --loss-type custom_loss; give"),
     (CUSTOM_LOSS, "--use-tis", "--use-tis has no effect with --loss-type custom_loss"),
     (CUSTOM_LOSS, "--use-rs", "--use-rs has no effect with --loss-type custom_loss"),
     (CUSTOM_LOSS, "--use-opsm", "--use-opsm has no effect with --loss-type custom_loss"),
