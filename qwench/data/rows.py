@@ -118,7 +118,9 @@ def check_first_row(spec: str, key: str, *, flag: str) -> None:
         ConfigError: it has not.
     """
     path, wanted = parse_spec(spec)
-    if path.is_file() and path.stat().st_size == 0:
+    if not path.is_file():  # a pipe would be waited for
+        return
+    if path.stat().st_size == 0:
         raise ConfigError(f"the data set {spec} has no rows; give one with rows, or another slice @[start:stop].")
     columns = _first_columns(path) if wanted == slice(None) else None
     if columns is not None and key not in columns:

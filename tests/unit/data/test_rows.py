@@ -1,4 +1,5 @@
 import json
+import os
 from datetime import date, datetime
 from decimal import Decimal
 from uuid import UUID
@@ -351,6 +352,14 @@ def test_the_header_of_a_table_and_an_empty_file_are_told_at_once(tmp_path):
     (tmp_path / "b.csv").touch()
     with pytest.raises(ConfigError, match=r"the data set .*b.csv has no rows"):
         check_first_row(str(tmp_path / "b.csv"), "prompt", flag="--input-key")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_a_pipe_is_refused_without_a_wait_for_what_writes_to_it(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    check_first_row(str(tmp_path / name), "prompt", flag="--input-key")
+    with pytest.raises(ConfigError, match="there is no data file"):
+        read_rows(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
