@@ -71,7 +71,11 @@ class Gateway:
         return http_url(LOOPBACK, self.port)
 
     async def open(self) -> None:
-        """Listen on a free port of this machine."""
+        """Listen on a free port of this machine, and for agents where the flags say.
+
+        Raises:
+            ConfigError: another process listens there, or it is no address of this machine.
+        """
         app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[_of_this_machine])
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/abort_request", self._abort)
@@ -91,7 +95,7 @@ class Gateway:
                 await web.TCPSite(self._runner, host, port).start()
             except OSError as error:
                 flag = "--session-server-ip and --session-server-port"
-                raise EngineError(cannot_listen("sessions of agents", host, port, error, flag=flag)) from error
+                raise ConfigError(cannot_listen("sessions of agents", host, port, error, flag=flag)) from error
 
     async def close(self) -> None:
         """End open requests and listen no more."""

@@ -138,7 +138,7 @@ def test_agents_reach_their_sessions_at_an_address_of_their_own_that_must_be_fre
         assert gateway.open_session("b", None) == f"{gateway.url}/sessions/b"
         taken = Gateway(engine, Tokenizer(), max_tokens=100, agents_at=("127.0.0.1", gateway.port))
         said = rf"sessions of agents cannot listen on 127\.0\.0\.1 port {gateway.port} \(.*in use.*\); choose another with"
-        with pytest.raises(EngineError, match=f"^{said} --session-server-ip and --session-server-port"):
+        with pytest.raises(ConfigError, match=f"^{said} --session-server-ip and --session-server-port"):
             await taken.open()
         await taken.close()
 
