@@ -1,5 +1,7 @@
 """Errors that cross module borders, and how their messages count; each says what, got, why and what to do."""
 
+import os
+
 
 def counted(count: int, noun: str) -> str:
     """Return such as `1 step` and `2,000 steps`."""
@@ -9,7 +11,8 @@ def counted(count: int, noun: str) -> str:
 def cannot_listen(what: str, host: str, port: int, cause: OSError, *, flag: str | None = None) -> str:
     """Say that a port cannot be listened on, and by which flag another is chosen; None: by no flag."""
     advice = f"choose another with {flag}" if flag is not None else "end what holds it"
-    why = (cause.strerror or str(cause)).partition(" (while attempting to bind")[0]  # Python repeats the address
+    # Python's own text repeats the address; errors of names have negative numbers.
+    why = os.strerror(cause.errno) if cause.errno is not None and cause.errno > 0 else cause.strerror or cause
     return f"{what} cannot listen on {host} port {port} ({why}); {advice}."
 
 

@@ -1,5 +1,6 @@
 import errno
 import pickle
+from socket import EAI_NONAME, gaierror
 
 import pytest
 
@@ -14,12 +15,8 @@ def test_a_count_has_its_noun(count, text):
 @pytest.mark.parametrize(
     ("cause", "flag", "said"),
     [
-        (OSError(errno.EADDRINUSE, "Address already in use"), "--port", "Address already in use); choose another with --port."),
-        (
-            OSError(errno.EADDRINUSE, "In use (while attempting to bind on address ('::1', 80))"),
-            None,
-            "In use); end what holds it.",
-        ),
+        (OSError(errno.EADDRINUSE, "error: in use"), "--port", "Address already in use); choose another with --port."),
+        (gaierror(EAI_NONAME, "Name or service not known"), None, "Name or service not known); end what holds it."),
         (OSError("odd"), None, "odd); end what holds it."),
     ],
 )
