@@ -9,7 +9,7 @@
 #   bash benchmarks/multi_gpu/recipe.sh 32B run-qwen3-32B.sh --num-rollout 1
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-SIZE=$1 SCRIPT=$2
+SIZE=${1:?the size, for example 4B} SCRIPT=${2:?a recipe of scripts/, for example run-qwen3-4B_4xgpu.sh}
 shift 2
 : "${MODEL_DIR:?the folder of the checkpoints}" "${PROMPTS:?a jsonl file of prompt and label}" "${OUTPUT_DIR:=runs}"
 export MODEL_DIR OUTPUT_DIR DATA_DIR=${DATA_DIR:-$(dirname "$PROMPTS")}
