@@ -84,7 +84,8 @@ class CheckpointConfig:
             ("--save-numbering", None if self.save_numbering == "learned" else self.save_numbering),
         ):
             if value is not None and self.save is None:
-                raise ConfigError(f"{flag} ({value}) has no effect without a folder to save to; give --save")
+                given = flag if value is True else f"{flag} ({value})"
+                raise ConfigError(f"{given} has no effect without a folder to save to; give --save")
         if self.keep_best and self.save_numbering == "last":
             raise ConfigError("--keep-best may keep the weights before rollout 0, which --save-numbering last cannot number")
         if self.early_stopping_patience is not None and not self.keep_best:

@@ -46,7 +46,7 @@ TABLE = [
     ("", "--save-retain-interval 2", "--save-retain-interval (2) has no effect without a folder to save to"),
     ("", "--save-hf h-{rollout_id}", "--save-hf (h-{rollout_id}) has no effect without a folder to save to"),
     ("", "--save-trigger-sentinel s", "--save-trigger-sentinel (s) has no effect without a folder to save to"),
-    ("", "--keep-best", "--keep-best (True) has no effect without a folder to save to"),
+    ("", "--keep-best", "--keep-best has no effect without a folder to save to"),
     ("", "--save-numbering last", "--save-numbering (last) has no effect without a folder to save to"),
     (
         "--save s --save-interval 4",
