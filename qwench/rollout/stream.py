@@ -235,10 +235,11 @@ class RolloutStream(GeneratingStream):
             self._score_or_finish(rollout_id, self._early), label=label, timeout_s=left_s, describe=self._describe
         ):
             self._early.score(groups)
+            label = f"the rest of rollout {rollout_id}"
             if self._timeout_s is not None:
                 # The rollout may have finished in time, but while its groups were scored.
                 left_s = max(self._timeout_s - (time.monotonic() - started_at), _LEAST_WAIT_S)
-            label = f"the rest of rollout {rollout_id}"
+                label += f" ({self._timeout_s:g} s for all of it)"
 
     async def _score_or_finish(self, rollout_id: int, early: EarlyScores) -> list[Group]:
         """Return the groups to score now; none: the rollout is finished."""
