@@ -181,9 +181,11 @@ def test_functions_of_our_convention_are_called_with_columns():
     own, learned = learn(rollout, use_tis=True, user_terms=terms)
     torch.testing.assert_close(own.table, learn(rollout, use_tis=True)[0].table)
     assert 0 < learned.steps[0]["train/weight"] <= 2
-    terms = UserTerms(reduce=load_reduction(f"{module}.own_reduction", "auto", per_token=False))
+    terms = UserTerms(reduce=load_reduction(f"{module}.own_reduction", "qwench", per_token=False))
     same = UserTerms(reduce=load_reduction(f"{module}.sum_over_constant", "auto", per_token=False))
     torch.testing.assert_close(learn(rollout, user_terms=terms)[0].table, learn(rollout, user_terms=same)[0].table)
+    by_its_names = load_reduction(f"{module}.own_reduction", "auto", per_token=False)
+    assert by_its_names(torch.ones(3), torch.ones(3).bool(), None) == pytest.approx(0.3)
 
 
 def short(args, pg_loss):
