@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import multiprocessing
 import os
 import random
@@ -167,6 +168,7 @@ class _Teller:
 
 def _run_tests(tests: list[str], writer: int) -> None:
     code = 1
+    gc.freeze()  # what the process before the fork has left may end only with threads that a fork has not
     try:
         os.setsid()
         silence = os.open(os.devnull, os.O_WRONLY)

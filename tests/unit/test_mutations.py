@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import gc
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,27 @@ def test_a_change_is_noticed_where_a_test_fails(text: str, passes: bool, tmp_pat
     result = mutations.outcome([str(tmp_path / "test_it.py")], 1.0 if "while" in text else 60.0)
     assert result.passed == passes
     assert result.failed.rpartition("::")[2] == ("test_it" if "assert" in text else "")
+
+
+class _WaitsInForks:
+    """Garbage that ends in the process that made it alone, as a store whose threads a fork has not."""
+
+    def __init__(self) -> None:
+        self.itself, self.pid = self, os.getpid()
+
+    def __del__(self) -> None:
+        if os.getpid() != self.pid:
+            time.sleep(60.0)
+
+
+def test_what_tests_before_have_left_does_not_end_in_the_fork(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(PASSING)
+    gc.disable()
+    try:
+        _WaitsInForks()
+        assert mutations.outcome([str(tmp_path / "test_it.py")], 20.0).passed
+    finally:
+        gc.enable()
 
 
 def test_a_recorded_test_that_is_gone_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
