@@ -226,7 +226,7 @@ class RolloutStream(GeneratingStream):
             self._engines.run(cancel_and_wait([*tasks.values()]), label=label, timeout_s=CONTROL_TIMEOUT_S)
 
     def _attend(self, rollout_id: int) -> None:
-        """Wait until a rollout is finished, and have finished groups scored meanwhile: one deadline for all of it."""
+        """Wait until a rollout is finished; the reference scores finished groups meanwhile. One deadline holds for both."""
         if self._early is None:
             super()._attend(rollout_id)
             return
